@@ -1,0 +1,110 @@
+"""The command line: ``python -m testbed run | check | list``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from testbed import __version__
+from testbed.errors import UserError
+
+_EPILOG = """\
+examples:
+  testbed check launch/experiments/quickstart.yaml
+  testbed run launch/experiments/quickstart.yaml -o results.h5
+  mpirun -n 4 python -m testbed run launch/experiments/mnist_batch_size.yaml \\
+      data.root=DIR -o mnist.h5
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 1 for a failure, 2 for wrong input."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.command(options)
+    except UserError as error:
+        from testbed.transport.environment import is_leader
+
+        if is_leader():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="testbed",
+        description="Measure how much the labels of private training data leak from federated "
+        "learning.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"testbed {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run an experiment, alone or under mpirun or srun")
+    _add_experiment(run)
+    run.add_argument("-o", "--output", type=Path, required=True, help="results file (HDF5)")
+    run.add_argument("--overwrite", action="store_true", help="replace an existing results file")
+    run.add_argument(
+        "--progress",
+        choices=("auto", "live", "log", "none"),
+        default="auto",
+        help="a live line, lines in a log, or nothing (default: by where stderr leads)",
+    )
+    run.set_defaults(command=_run)
+
+    check = commands.add_parser("check", help="print what an experiment would do, without torch")
+    _add_experiment(check)
+    check.set_defaults(command=_check)
+
+    listing = commands.add_parser("list", help="print the attacks, models or data sets")
+    listing.add_argument("kind", choices=("attacks", "models", "datasets"))
+    listing.set_defaults(command=_list)
+    return parser
+
+
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", type=Path, help="experiment file (YAML)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides, as in federation.rounds=10"
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from testbed.run import RunOptions, run
+    from testbed.transport.environment import connect
+
+    transport = connect()
+    return run(
+        transport,
+        RunOptions(
+            experiment=options.experiment,
+            overrides=options.overrides,
+            output=options.output,
+            overwrite=options.overwrite,
+            progress=options.progress,
+        ),
+    )
+
+
+def _check(options: argparse.Namespace) -> int:
+    from testbed.describe import describe_experiment
+    from testbed.experiment import load_experiment
+
+    print(describe_experiment(load_experiment(options.experiment, options.overrides)))
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from testbed.describe import describe_known
+
+    print(describe_known(options.kind))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""LLG's decoding of gradients to label counts, for many updates at once."""
+
+from array_api_compat import array_namespace
+
+from testbed.attacks.base import Array
+
+
+def decode(row_sums: Array, impact: Array, offset: Array, labels: Array) -> Array:
+    """Turn row sums into label counts by LLG's two steps (Wainakh et al. 2022, algorithm 1).
+
+    Step one takes every class with a negative row sum once, the most negative first, up to the
+    number of labels; the sign is that of the raw row sum, before the offset is removed. Step two
+    takes the class with the smallest remaining value, subtracts the impact from it, and repeats
+    until the labels are used up. Ties go to the smallest class index.
+
+    Where the impact is not negative, the published loop never leaves the class it starts with.
+    A positive impact (negative features) keeps that meaning. An impact of zero (LLG without any
+    negative row sum) says nothing about magnitudes, and the labels are spread in the order of the
+    values, each class once before any class twice.
+
+    Parameters
+    ----------
+    row_sums
+        float64 [N, C].
+    impact
+        float64 [N] or [1]: what one more sample of a class adds to its row sum, m.
+    offset
+        float64 [N, C] or [1, C]: what a class's row sum is without samples of it, s.
+    labels
+        int64 [N]: how many labels to infer.
+
+    Returns
+    -------
+    Array
+        int64 [N, C]; every row sums to its ``labels``.
+    """
+    xp = array_namespace(row_sums)
+    total = labels[:, None]
+    step = xp.broadcast_to(-impact[:, None], (row_sums.shape[0], 1))
+
+    taken = (row_sums < 0) & (_ranks(row_sums) < total)
+    value = row_sums - offset + xp.where(taken, step, xp.zeros_like(step))
+    counts = xp.astype(taken, xp.int64)
+    left = total - xp.sum(counts, axis=1, keepdims=True)
+
+    order = _ranks(value)
+    classes = value.shape[1]
+    spread = left // classes + xp.astype(order < left % classes, xp.int64)
+    smallest = xp.where(order == 0, left, xp.zeros_like(left))
+    filled = _fill(value, step, left, total)
+    second = xp.where(step > 0, filled, xp.where(step < 0, smallest, spread))
+    return counts + second
+
+
+def _fill(value: Array, step: Array, left: Array, total: Array) -> Array:
+    """Count the ``left`` smallest members of { value_c + j step : j >= 0 } per class.
+
+    This is a water filling. In units of the step, a member is an integer level plus the class's
+    own fraction: all members below some level are in, and of those on it the smallest fractions.
+    """
+    xp = array_namespace(value)
+    usable = xp.isfinite(value) & (step > 0)
+    height = (value - xp.min(value, axis=1, keepdims=True)) / xp.where(
+        step > 0, step, xp.ones_like(step)
+    )
+    # The smallest class alone could take every label: nothing above `total` can be reached.
+    bound = xp.astype(total, value.dtype) + 1
+    height = xp.where(usable & (height < bound), height, bound)
+    floor = xp.astype(xp.floor(height), xp.int64)
+    fraction = height - xp.floor(height)
+
+    base = xp.sort(floor, axis=1)
+    below = xp.cumulative_sum(base, axis=1)
+    width = xp.arange(1, base.shape[1] + 1, dtype=xp.int64, device=_device(value))[None, :]
+    # Members below the k-th smallest class's own level; grows with k.
+    needed = width * base - below
+    reached = xp.sum(xp.astype(needed <= left, xp.int64), axis=1, keepdims=True)
+    level = (left + xp.take_along_axis(below, reached - 1, axis=1)) // reached
+
+    counts = xp.clip(level - floor, min=0)
+    rest = left - xp.sum(counts, axis=1, keepdims=True)
+    on_level = xp.where(floor <= level, fraction, xp.full_like(fraction, xp.inf))
+    return counts + xp.astype(_ranks(on_level) < rest, xp.int64)
+
+
+def _ranks(values: Array) -> Array:
+    """Return each entry's rank within its row, ascending; ties by index."""
+    xp = array_namespace(values)
+    order = xp.argsort(values, axis=1, stable=True)
+    return xp.argsort(order, axis=1, stable=True)
+
+
+def _device(array: Array) -> object:
+    from array_api_compat import device
+
+    return device(array)

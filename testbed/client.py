@@ -1,0 +1,82 @@
+"""A client's local work: draw a batch, compute its gradient, write the update."""
+
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from testbed.data import Sampler, draw_skew
+from testbed.plan import ScenarioPlan, Task
+from testbed.seeds import Purpose, seed64, stream
+from testbed.startup import ScenarioSetup
+from testbed.update import Message
+
+
+class ClientWorker:
+    """Computes the updates of any number of clients of a scenario, one after the other.
+
+    FedSGD: a client's update is the gradient of the mean cross entropy over one batch, at the
+    global model, followed by the float buffers as its forward pass left them.
+    """
+
+    def __init__(self, plan: ScenarioPlan, setup: ScenarioSetup, rank: int) -> None:
+        self._plan = plan
+        self._rank = rank
+        self._model = setup.model
+        self._samples = setup.samples
+        self._sampler = Sampler(setup.samples.labels, setup.parts.victim, setup.layout.classes)
+        self._global = torch.empty_like(setup.model.state)
+
+    def load(self, model: NDArray[np.float32]) -> None:
+        """Take over the global model of a round."""
+        self._global.copy_(torch.from_numpy(model))
+        self._model.load(self._global)
+
+    def draw(self, task: Task) -> NDArray[np.int64]:
+        """Return the samples of a client's batch, as indices into the data set."""
+        scenario = self._plan.scenario
+        distribution = scenario.labels.distribution
+        skew = None
+        if distribution == "unbalanced":
+            key = self._plan.key(Purpose.SKEW, task)
+            skew = draw_skew(self._model.layout.classes, stream(scenario.seed, Purpose.SKEW, *key))
+        rng = stream(scenario.seed, Purpose.BATCH, *self._plan.key(Purpose.BATCH, task))
+        return self._sampler.draw(distribution, scenario.federation.batch_size, rng, skew)
+
+    def work(self, task: Task, message: Message) -> None:
+        """Compute a client's update at the loaded model into a message."""
+        started = time.perf_counter()
+        model, split = self._model, self._model.layout.parameters
+        indices = self.draw(task)
+        # The client before this one left its buffers behind; the parameters do not change.
+        model.load_buffers(self._global)
+        key = self._plan.key(Purpose.LOCAL, task)
+        torch.manual_seed(seed64(self._plan.scenario.seed, Purpose.LOCAL, *key))
+        model.module.train()
+        logits = model.module(self._samples.inputs(indices))
+        loss = torch.nn.functional.cross_entropy(logits, self._samples.targets(indices))
+        model.backward(loss)
+
+        payload = torch.from_numpy(message.payload)
+        payload[:split].copy_(model.gradient, non_blocking=True)
+        payload[split:].copy_(model.state[split:], non_blocking=True)
+        posterior = torch.softmax(logits.detach(), dim=1).mean(dim=0)
+        message.posterior[:] = posterior.cpu().numpy()
+        message.counts[:] = np.bincount(
+            self._samples.labels[indices], minlength=model.layout.classes
+        )
+        final_loss = float(loss.detach())
+        if self._samples.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        header = message.header
+        header["scenario"], header["round"], header["client"] = (
+            task.scenario,
+            task.round,
+            task.client,
+        )
+        header["samples"] = len(indices)
+        header["rank"] = self._rank
+        header["loss"] = final_loss
+        header["payload_bytes"] = message.payload.nbytes
+        header["seconds"] = time.perf_counter() - started

@@ -1,0 +1,127 @@
+"""What an experiment would do, and what there is to choose from. Costs neither torch nor MPI."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import islice
+
+from testbed.attacks import attacks
+from testbed.data import DATASETS, describe
+from testbed.experiment import ResolvedExperiment
+from testbed.models.catalog import MODELS
+from testbed.plan import ScenarioPlan, make_plan
+from testbed.results.schema import scenario_arrays, uncompressed_bytes
+from testbed.sweep import describe as describe_swept
+
+_MOST_SCENARIOS = 40
+
+
+def describe_experiment(resolved: ResolvedExperiment) -> str:
+    """Return the resolved plan as text: scenarios, rounds, updates, size of the results file."""
+    plans = make_plan(resolved)
+    rounds = sum(plan.rounds for plan in plans)
+    updates = sum(plan.rounds * plan.clients for plan in plans)
+    shown = [["scenario", "rounds", "clients", "labels", "update", "size", "what"]]
+    shown += [_row(plan) for plan in islice(plans, _MOST_SCENARIOS)]
+    lines = [resolved.experiment.title, "", *_table(shown)]
+    if len(plans) > _MOST_SCENARIOS:
+        lines.append(f"... and {len(plans) - _MOST_SCENARIOS} more")
+    sizes = [_results_bytes(plan) for plan in plans]
+    known = [size for size in sizes if size is not None]
+    total = f"at most {_bytes(sum(known))} before compression"
+    if len(known) < len(sizes):
+        unknown = len(sizes) - len(known)
+        total = f"unknown ({unknown} of {len(sizes)} scenarios have shapes that only running tells)"
+    compute = resolved.experiment.compute
+    lines += [
+        "",
+        f"scenarios     {len(plans)}",
+        f"rounds        {rounds}",
+        f"updates       {updates}",
+        f"results file  {total}",
+        f"compute       device={compute.device}, threads={compute.threads} per rank",
+        "",
+        "labels: that one update gives away; update: its length on the wire; size: of the "
+        "scenario's arrays",
+    ]
+    return "\n".join(lines)
+
+
+def describe_known(kind: str) -> str:
+    """Return the table of ``attacks``, ``models`` or ``datasets``."""
+    if kind == "attacks":
+        rows = [["name", "title", "knows", "options", "source"]]
+        for name, attack in attacks().items():
+            knobs = ", ".join(f"{field.name}={field.default}" for field in fields(attack))
+            rows.append([name, attack.title, attack.knowledge.value, knobs or "-", attack.source])
+    elif kind == "models":
+        rows = [["name", "activation", "smallest image", "what"]]
+        for model in MODELS.values():
+            size = f"{model.min_size}x{model.min_size}"
+            rows.append([model.name, model.default_activation, size, model.description])
+        rows.append(["package.module:callable", "-", "-", "any torch.nn.Module of yours"])
+    else:
+        rows = [["name", "classes", "image", "data.root", "what"]]
+        for data in DATASETS.values():
+            shape = "x".join(map(str, data.shape)) if data.shape else "of the file"
+            classes = str(data.classes) if data.classes else "of the file"
+            rows.append([data.name, classes, shape, data.root or "-", data.description])
+    return "\n".join(_table(rows))
+
+
+def _row(plan: ScenarioPlan) -> list[str]:
+    size, length = _results_bytes(plan), _update_bytes(plan)
+    return [
+        str(plan.index),
+        str(plan.rounds),
+        str(plan.clients),
+        str(plan.labels_per_update),
+        "unknown" if length is None else _bytes(length),
+        "unknown" if size is None else _bytes(size),
+        describe_swept(plan.swept) or "the only one",
+    ]
+
+
+def _update_bytes(plan: ScenarioPlan) -> int | None:
+    classes, shape = describe(plan.scenario.data.name, plan.scenario.data.root)
+    info = MODELS.get(plan.scenario.model.name)
+    if info is None or classes is None or shape is None:
+        return None
+    return 4 * info.parameters(shape, classes)
+
+
+def _results_bytes(plan: ScenarioPlan) -> int | None:
+    scenario = plan.scenario
+    classes, shape = describe(scenario.data.name, scenario.data.root)
+    info = MODELS.get(scenario.model.name)
+    if classes is None:
+        return None
+    lengths = {"round": plan.rounds, "client": plan.clients, "class": classes}
+    if plan.keeps_weights:
+        if info is None or shape is None:
+            return None
+        lengths["feature"] = info.features(shape)
+    calibrations = {
+        section.label: section.make().calibration_arrays for section in scenario.attacks
+    }
+    # A layer without bias is possible in a user's own model; the estimate is an upper bound.
+    arrays = scenario_arrays(bias=True, weight=plan.keeps_weights, calibrations=calibrations)
+    return uncompressed_bytes(arrays, lengths)
+
+
+def _bytes(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.3g} {unit}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return lines

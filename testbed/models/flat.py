@@ -1,0 +1,121 @@
+"""A module whose parameters, gradients and buffers live in flat tensors."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from testbed.errors import UserError
+from testbed.models.last_layer import LastLayer
+from testbed.update import UpdateLayout
+
+
+class FlatModel:
+    """A module bound to flat float32 tensors, so that a model or an update is one copy.
+
+    The module's parameters and float buffers become views of `state`, its gradients views of
+    `gradient`: loading a model writes one tensor, and a backward pass leaves the gradient flat.
+
+    Attributes
+    ----------
+    module
+        The module, on ``device``.
+    layout
+        Where parameters, buffers and the last layer lie.
+    state
+        float32 [parameters + buffers]: parameters, then float buffers (BatchNorm's statistics).
+    gradient
+        float32 [parameters].
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, last_layer: LastLayer, device: torch.device
+    ) -> None:
+        self.module = module.to(device)
+        self.last_layer = last_layer
+        parameters = dict(module.named_parameters())
+        floats = {
+            name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()
+        }
+        for name, tensor in (parameters | floats).items():
+            if tensor.dtype != torch.float32:
+                raise UserError(
+                    f"model: {name} is {tensor.dtype}, expected torch.float32 parameters and "
+                    "buffers: convert the model with .float()"
+                )
+        sizes = {name: tensor.numel() for name, tensor in (parameters | floats).items()}
+        offsets = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
+        length = sum(tensor.numel() for tensor in parameters.values())
+        self.layout = UpdateLayout(
+            parameters=length,
+            buffers=sum(sizes.values()) - length,
+            classes=last_layer.classes,
+            features=last_layer.features,
+            weight=offsets[last_layer.weight],
+            bias=None if last_layer.bias is None else offsets[last_layer.bias],
+        )
+        self.state = torch.empty(self.layout.size, device=device)
+        self.gradient = torch.zeros(length, device=device)
+        with torch.no_grad():
+            for name, tensor in (parameters | floats).items():
+                place = slice(offsets[name], offsets[name] + sizes[name])
+                view = self.state[place].view(tensor.shape)
+                view.copy_(tensor)
+                tensor.data = view
+                if name in parameters:
+                    tensor.grad = self.gradient[place].view(tensor.shape)
+        # Counters (BatchNorm's number of batches) would remember which clients a rank served.
+        self._counters = [
+            (buffer, buffer.clone())
+            for buffer in module.buffers()
+            if not buffer.is_floating_point()
+        ]
+        self._grads = [(p, p.grad) for p in parameters.values()]
+
+    def load(self, state: torch.Tensor) -> None:
+        """Set parameters and buffers from a flat tensor [parameters + buffers]."""
+        self.state.copy_(state)
+        self._reset_counters()
+
+    def load_buffers(self, state: torch.Tensor) -> None:
+        """Set the buffers alone; parameters stay as they are."""
+        start = self.layout.parameters
+        self.state[start:].copy_(state[start:])
+        self._reset_counters()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Compute the gradient of a loss into `gradient`, which it overwrites."""
+        self.gradient.zero_()
+        for parameter, view in self._grads:
+            parameter.grad = view
+        loss.backward()  # type: ignore[no-untyped-call]
+        for parameter, view in self._grads:
+            if parameter.grad is not view:
+                raise RuntimeError("autograd replaced a gradient instead of adding to it")
+
+    @torch.no_grad()
+    def outputs(
+        self, batches: Iterable[torch.Tensor]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return posteriors [n, C] and the last layer's inputs [n, D] over batches of inputs."""
+        posteriors: list[NDArray[np.float64]] = []
+        features: list[torch.Tensor] = []
+
+        def catch(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:  # noqa: ARG001
+            features.append(inputs[0])
+
+        layer = self.module.get_submodule(self.last_layer.name)
+        hook = layer.register_forward_pre_hook(catch)
+        try:
+            for batch in batches:
+                logits = self.module(batch)
+                posteriors.append(torch.softmax(logits.double(), dim=1).cpu().numpy())
+        finally:
+            hook.remove()
+        caught = [value.double().cpu().numpy() for value in features]
+        return np.concatenate(posteriors), np.concatenate(caught)
+
+    def _reset_counters(self) -> None:
+        for buffer, initial in self._counters:
+            buffer.copy_(initial)

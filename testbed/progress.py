@@ -1,0 +1,137 @@
+"""How far a run has got: a live line on a terminal, a line now and then in a log."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from testbed.plan import ScenarioPlan
+from testbed.sweep import describe
+
+MODES = ("auto", "live", "log", "none")
+
+# A log gets a line after these seconds, then twice as late each time, up to the longest.
+_FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 300.0
+_REFRESH = 0.2
+
+
+class Progress:
+    """Reports rounds as they are recorded, with their rate and the time that is left.
+
+    Parameters
+    ----------
+    title
+        Of the experiment.
+    total
+        Rounds in all scenarios.
+    mode
+        ``live``: one line that is rewritten; ``log``: lines at growing intervals; ``none``;
+        ``auto``: live where a person is likely to look at a terminal, else log.
+    """
+
+    def __init__(self, title: str, total: int, mode: str) -> None:
+        if mode == "auto":
+            mode = "live" if _on_terminal() else "log"
+        self._title, self._total, self._mode = title, total, mode
+        self._done = 0
+        self._scenario = -1
+        self._started = self._shown = time.monotonic()
+        self._pause = _FIRST_PAUSE
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> "Progress":
+        self._started = self._shown = time.monotonic()
+        if self._mode == "live":
+            # mpirun's pipes hide the terminal from rich; its width comes from the environment.
+            console = Console(stderr=True, force_terminal=True)
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                console=console,
+                auto_refresh=False,
+                transient=False,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=self._total, rate="")
+        elif self._mode == "log":
+            self._say(f"{self._title}: {self._total} rounds")
+        return self
+
+    def advance(self, plan: ScenarioPlan) -> None:
+        """Count a round of a scenario."""
+        self._done += 1
+        now = time.monotonic()
+        if self._mode == "live":
+            if now - self._shown >= _REFRESH or self._done == self._total:
+                self._shown = now
+                self._refresh(plan, now)
+        elif self._mode == "log" and now - self._shown >= self._pause:
+            self._shown = now
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._say(f"{self._count()}, {self._rate(now)}; {_name(plan)}")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._mode == "log" and error is None:
+            seconds = time.monotonic() - self._started
+            self._say(f"{self._count()} in {_duration(seconds)}")
+
+    def _refresh(self, plan: ScenarioPlan, now: float) -> None:
+        assert self._bar is not None
+        self._bar.update(
+            self._task, completed=self._done, rate=self._rate(now), description=_name(plan)
+        )
+        self._bar.refresh()
+
+    def _count(self) -> str:
+        return f"{self._done}/{self._total} rounds"
+
+    def _rate(self, now: float) -> str:
+        rate = self._done / max(now - self._started, 1e-9)
+        return f"{rate:.1f} rounds/s, {_duration((self._total - self._done) / rate)} left"
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(time.strftime("%H:%M:%S ") + text, file=sys.stderr, flush=True)
+
+
+def _name(plan: ScenarioPlan) -> str:
+    swept = {key.rpartition(".")[2]: value for key, value in plan.swept.items()}
+    return f"scenario {plan.index}" + (f" ({describe(swept)})" if swept else "")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _on_terminal() -> bool:
+    """Return whether standard error ends on a terminal, directly or through mpirun.
+
+    mpirun gives its ranks a pipe. The first host's mpirun is the parent of its ranks, and where
+    its own standard error leads can be read there (Linux).
+    """
+    if sys.stderr.isatty():
+        return True
+    if "OMPI_COMM_WORLD_RANK" not in os.environ:
+        return False
+    try:
+        target = str(Path(f"/proc/{os.getppid()}/fd/2").readlink())
+    except OSError:
+        return False
+    return target.startswith(("/dev/pts/", "/dev/tty"))

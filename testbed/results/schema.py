@@ -1,0 +1,95 @@
+"""The arrays of a results file: their axes, types and fill values, known before the first round.
+
+`docs/file-format.md` is the specification. SWMR files can get no new object once they are open to
+readers, so everything is declared from the plan.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+FILE_ENCODING = ("testbed-results", "1.0")
+PHASES = ("publish", "wait", "aggregate", "attack", "evaluate")
+
+Calibrations = Mapping[str, tuple[tuple[str, ...], str]]
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a scenario; its first axis is always ``round``.
+
+    Attributes
+    ----------
+    axes
+        Names of the axes: ``round``, ``client``, ``class``, ``feature``.
+    dtype
+        NumPy dtype string.
+    compressed
+        Whether gzip pays: it does not for full-precision gradients.
+    """
+
+    axes: tuple[str, ...]
+    dtype: str
+    compressed: bool = True
+
+    @property
+    def fill(self) -> Any:
+        """The value of what was never written."""
+        kind = np.dtype(self.dtype).kind
+        return {"f": np.nan, "i": -1, "u": 0}[kind]
+
+
+def scenario_arrays(
+    *, bias: bool, weight: bool, calibrations: Mapping[str, Calibrations]
+) -> dict[str, ArraySpec]:
+    """Return the arrays of a scenario by path.
+
+    Parameters
+    ----------
+    bias
+        Whether the last layer has one.
+    weight
+        Whether the last layer's weight gradients are kept.
+    calibrations
+        For each attack's label, the arrays of its calibration.
+    """
+    per_class = ("round", "client", "class")
+    arrays = {
+        "truth/counts": ArraySpec(per_class, "<i4"),
+        "truth/posterior": ArraySpec(per_class, "<f4"),
+        "observations/row_sums": ArraySpec(per_class, "<f4"),
+    }
+    if bias:
+        arrays["observations/bias_gradient"] = ArraySpec(per_class, "<f4")
+    if weight:
+        arrays["observations/weight_gradient"] = ArraySpec(
+            (*per_class, "feature"), "<f4", compressed=False
+        )
+    for label, calibration in calibrations.items():
+        arrays[f"attacks/{label}/counts"] = ArraySpec(per_class, "<i4")
+        for name, (axes, dtype) in calibration.items():
+            arrays[f"attacks/{label}/calibration/{name}"] = ArraySpec(
+                ("round", *axes), np.dtype(dtype).newbyteorder("<").str
+            )
+        arrays[f"timings/attacks/{label}"] = ArraySpec(("round",), "<f8")
+    for name in ("loss", "accuracy"):
+        arrays[f"rounds/{name}"] = ArraySpec(("round",), "<f8")
+    per_client = ("round", "client")
+    arrays["updates/loss"] = ArraySpec(per_client, "<f8")
+    arrays["updates/bytes_on_wire"] = ArraySpec(per_client, "<i8")
+    arrays["updates/finite"] = ArraySpec(per_client, "|u1")
+    for name in PHASES:
+        arrays[f"timings/{name}"] = ArraySpec(("round",), "<f8")
+    arrays["timings/client_seconds"] = ArraySpec(per_client, "<f8")
+    arrays["timings/client_rank"] = ArraySpec(per_client, "<i4")
+    return arrays
+
+
+def uncompressed_bytes(arrays: Mapping[str, ArraySpec], lengths: Mapping[str, int]) -> int:
+    """Return what the arrays take without compression; ``lengths`` gives each axis's."""
+    return sum(
+        int(np.prod([lengths[axis] for axis in spec.axes])) * np.dtype(spec.dtype).itemsize
+        for spec in arrays.values()
+    )

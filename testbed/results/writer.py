@@ -1,0 +1,264 @@
+"""Writes the results file: everything declared first, then round after round, safe against kills.
+
+The whole schema is created up front and the file switched to SWMR, in which HDF5 orders its writes
+so that the file on disk is consistent at every moment. `committed_rounds` is written last: what it
+counts is there.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from testbed.errors import UserError
+from testbed.results.schema import FILE_ENCODING, ArraySpec
+
+_CHUNK_BYTES = 1 << 17
+_PENDING_BYTES = 1 << 26
+
+Rows = Mapping[str, "NDArray[Any] | float | int"]
+
+
+@dataclass(frozen=True)
+class AttackHeader:
+    """The attributes of an attack's group."""
+
+    name: str
+    title: str
+    knowledge: str
+    source: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ScenarioHeader:
+    """What is known of a scenario before its first round."""
+
+    swept: Mapping[str, Any]
+    parameters: Mapping[str, Any]
+    model_parameters: int
+    model_buffers: int
+    last_layer: str
+    lengths: Mapping[str, int]
+    arrays: Mapping[str, ArraySpec]
+    attacks: Mapping[str, AttackHeader]
+
+
+@dataclass(frozen=True)
+class RankHeader:
+    """Where a rank computes."""
+
+    host: str
+    device: str
+    role: str
+    local_rank: int
+
+
+def partial_path(path: Path) -> Path:
+    """Return the name that a results file has while it is being written."""
+    return path.with_name(path.name + ".partial")
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise `UserError` where a results file could not be created."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: the folder {path.parent} does not exist: create it first")
+    if path.is_dir():
+        raise UserError(f"{path}: this is a folder, expected the name of a results file")
+    if overwrite:
+        return
+    if path.exists():
+        raise UserError(f"{path}: the file exists: choose another name, or pass --overwrite")
+    if partial_path(path).exists():
+        raise UserError(
+            f"{partial_path(path)}: the file exists: a run is writing it, or was killed while it "
+            "did; choose another name, or pass --overwrite to discard its rounds"
+        )
+
+
+class ResultsWriter:
+    """The one writer of a results file.
+
+    Parameters
+    ----------
+    path
+        Final name of the file; until `complete` it carries the suffix ``.partial``.
+    attributes
+        Attributes of the root group.
+    ranks, scenarios
+        Headers of all ranks and scenarios, in order.
+    overwrite
+        Whether files of that name may be replaced.
+    commit_seconds
+        Time between two commits; rounds are kept in memory until then.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        attributes: Mapping[str, str],
+        ranks: Sequence[RankHeader],
+        scenarios: Sequence[ScenarioHeader],
+        overwrite: bool = False,
+        commit_seconds: float = 1.0,
+    ) -> None:
+        check_output(path, overwrite=overwrite)
+        self.path = path
+        self._scenarios = scenarios
+        self._commit_seconds = commit_seconds
+        self._pending: list[tuple[int, int, Rows]] = []
+        self._pending_bytes = 0
+        try:
+            # libver: files that HDF5 2 writes as `latest` cannot be read by 1.14.
+            self._file = h5py.File(
+                partial_path(path), "w" if overwrite else "x", libver=("v110", "v110")
+            )
+        except OSError as error:
+            raise UserError(
+                f"{partial_path(path)}: cannot create the results file: {error}"
+            ) from None
+        self._declare(attributes, ranks)
+        self._file.swmr_mode = True
+        self._committed_at = time.monotonic()
+
+    def append(self, scenario: int, round_: int, rows: Rows) -> None:
+        """Add a round: for each path, the row of that array; absent paths keep their fill value.
+
+        Rounds of a scenario are appended in order; they are on disk after the next commit.
+        """
+        unknown = rows.keys() - self._scenarios[scenario].arrays.keys()
+        if unknown:
+            raise KeyError(f"arrays that were not declared: {sorted(unknown)}")
+        self._pending.append((scenario, round_, rows))
+        self._pending_bytes += sum(np.asarray(row).nbytes for row in rows.values())
+        due = time.monotonic() - self._committed_at >= self._commit_seconds
+        if due or self._pending_bytes > _PENDING_BYTES:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write all rounds that have been appended, then count them as committed."""
+        by_scenario: dict[int, list[tuple[int, Rows]]] = {}
+        for scenario, round_, rows in self._pending:
+            by_scenario.setdefault(scenario, []).append((round_, rows))
+        for scenario, block in by_scenario.items():
+            self._write(scenario, block)
+        self._file.flush()
+        for scenario, block in by_scenario.items():
+            self._file["committed_rounds"][scenario] = block[-1][0] + 1
+        self._file["committed_rounds"].flush()
+        self._pending.clear()
+        self._pending_bytes = 0
+        self._committed_at = time.monotonic()
+
+    def complete(self) -> None:
+        """Commit, close the file and give it its final name."""
+        self.commit()
+        self._file.close()
+        partial_path(self.path).replace(self.path)
+
+    def close(self) -> None:
+        """Close an incomplete file, which keeps its name; nothing happens after `complete`."""
+        if self._file:
+            self._file.close()
+
+    def _write(self, scenario: int, block: Sequence[tuple[int, Rows]]) -> None:
+        first, last = block[0][0], block[-1][0]
+        if [round_ for round_, _ in block] != list(range(first, last + 1)):
+            raise ValueError(f"scenario {scenario}: rounds must be appended in order")
+        header = self._scenarios[scenario]
+        group = self._file[_scenario_name(scenario)]
+        for path, spec in header.arrays.items():
+            if not any(path in rows for _, rows in block):
+                continue
+            shape = tuple(header.lengths[axis] for axis in spec.axes[1:])
+            values = np.full((len(block), *shape), spec.fill, spec.dtype)
+            for index, (_, rows) in enumerate(block):
+                if path in rows:
+                    values[index] = rows[path]
+            group[path][first : last + 1] = values
+
+    def _declare(self, attributes: Mapping[str, str], ranks: Sequence[RankHeader]) -> None:
+        root = self._file
+        _encode(root, FILE_ENCODING[0])
+        root.attrs.update(attributes)
+        _scale(root, "scenario", len(self._scenarios))
+        committed = root.create_dataset(
+            "committed_rounds", data=np.zeros(len(self._scenarios), "<i8")
+        )
+        committed.dims[0].attach_scale(root["scenario"])
+
+        table = root.create_group("ranks")
+        _encode(table, "ranks")
+        _scale(table, "rank", len(ranks))
+        columns = {
+            "host": np.array([rank.host.encode() for rank in ranks], dtype="S"),
+            "device": np.array([rank.device.encode() for rank in ranks], dtype="S"),
+            "role": np.array([rank.role.encode() for rank in ranks], dtype="S"),
+            "local_rank": np.array([rank.local_rank for rank in ranks], dtype="<i4"),
+        }
+        for name, column in columns.items():
+            table.create_dataset(name, data=column).dims[0].attach_scale(table["rank"])
+
+        _encode(root.create_group("scenarios"), "scenarios")
+        for index, header in enumerate(self._scenarios):
+            self._declare_scenario(root.create_group(_scenario_name(index)), header)
+
+    @staticmethod
+    def _declare_scenario(group: h5py.Group, header: ScenarioHeader) -> None:
+        _encode(group, "scenario")
+        group.attrs["swept"] = json.dumps(dict(header.swept))
+        group.attrs["parameters"] = json.dumps(dict(header.parameters))
+        group.attrs["model_parameters"] = header.model_parameters
+        group.attrs["model_buffers"] = header.model_buffers
+        group.attrs["last_layer"] = header.last_layer
+        for axis, length in header.lengths.items():
+            _scale(group, axis, length)
+        for path, spec in header.arrays.items():
+            shape = tuple(header.lengths[axis] for axis in spec.axes)
+            row = int(np.prod(shape[1:])) * np.dtype(spec.dtype).itemsize
+            dataset = group.create_dataset(
+                path,
+                shape,
+                spec.dtype,
+                chunks=(min(shape[0], max(1, _CHUNK_BYTES // row)), *shape[1:]),
+                fillvalue=spec.fill,
+                compression="gzip" if spec.compressed else None,
+                compression_opts=1 if spec.compressed else None,
+                shuffle=spec.compressed,
+                fletcher32=True,
+            )
+            for position, axis in enumerate(spec.axes):
+                dataset.dims[position].attach_scale(group[axis])
+        for name in ("truth", "observations", "attacks", "rounds", "updates", "timings"):
+            _encode(group[name], name)
+        _encode(group["timings/attacks"], "attack-timings")
+        for label, attack in header.attacks.items():
+            described = group[f"attacks/{label}"]
+            _encode(described, "attack")
+            described.attrs["name"] = attack.name
+            described.attrs["title"] = attack.title
+            described.attrs["knowledge"] = attack.knowledge
+            described.attrs["source"] = attack.source
+            described.attrs["options"] = json.dumps(dict(attack.options))
+            if "calibration" in described:
+                _encode(described["calibration"], "calibration")
+
+
+def _scenario_name(index: int) -> str:
+    return f"scenarios/{index:04d}"
+
+
+def _encode(group: h5py.Group, kind: str) -> None:
+    group.attrs["encoding-type"] = kind
+    group.attrs["encoding-version"] = FILE_ENCODING[1]
+
+
+def _scale(group: h5py.Group, name: str, length: int) -> None:
+    group.create_dataset(name, data=np.arange(length, dtype="<i8")).make_scale(name)

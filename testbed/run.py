@@ -1,0 +1,301 @@
+"""A run: set up every rank, run the scenarios, fail everywhere where one rank fails."""
+
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from testbed.errors import UserError
+from testbed.experiment import ResolvedExperiment, load_experiment, parse_experiment
+from testbed.plan import ScenarioPlan, Task, make_plan
+from testbed.progress import Progress
+from testbed.results.provenance import provenance
+from testbed.results.schema import scenario_arrays
+from testbed.results.writer import (
+    AttackHeader,
+    RankHeader,
+    ResultsWriter,
+    ScenarioHeader,
+    check_output,
+)
+from testbed.transport.base import Transport, Worker
+from testbed.update import Message
+
+if TYPE_CHECKING:  # these import torch
+    from testbed.startup import ScenarioSetup, Setups
+
+EXIT_USER_ERROR = 2
+EXIT_FAILURE = 1
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says about a run.
+
+    Attributes
+    ----------
+    experiment, overrides
+        The experiment file and ``key=value`` overrides of it.
+    output
+        The results file.
+    overwrite
+        Whether it may be replaced.
+    progress
+        ``auto``, ``live``, ``log`` or ``none``; see `testbed.progress`.
+    """
+
+    experiment: Path
+    overrides: Sequence[str]
+    output: Path
+    overwrite: bool
+    progress: str
+
+
+class _Stopped(Exception):  # noqa: N818 - no error of this rank's
+    """Another rank has reported an error of the user's; this one ends quietly."""
+
+
+@dataclass
+class _Position:
+    """What this rank is doing, for the report if it fails."""
+
+    task: Task | None = None
+
+    def __str__(self) -> str:
+        if self.task is None:
+            return ""
+        task = self.task
+        return f", scenario {task.scenario}, round {task.round}, client {task.client}"
+
+
+def run(transport: Transport, options: RunOptions) -> int:
+    """Run an experiment on this rank, and return its exit status.
+
+    Every rank calls this. An error of the user's is reported once, by the root, and ends all
+    ranks with status 2. Any other exception, and a rank that leaves early, ends all ranks at once:
+    the rank says who and where it was, and aborts the job, since the others wait for it.
+    """
+    position = _Position()
+    try:
+        _run(transport, options, position)
+    except _Stopped:
+        return EXIT_USER_ERROR
+    except UserError as error:
+        if transport.is_root:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except BaseException as error:
+        _fail(transport, position, error)
+    return 0
+
+
+def _fail(transport: Transport, position: _Position, error: BaseException) -> NoReturn:
+    lines = [f"rank {transport.rank} of {transport.size} on {transport.host}{position}: "]
+    if isinstance(error, SystemExit):
+        lines[0] += f"left early, by sys.exit({error.code!r})"
+    else:
+        lines[0] += f"failed with {type(error).__name__}: {error}"
+    report = "".join(traceback.format_exception(error))
+    print(f"{report}error: {lines[0]}", file=sys.stderr, flush=True)
+    transport.abort()
+    sys.exit(EXIT_FAILURE)
+
+
+def _agree(transport: Transport, error: UserError | None) -> None:
+    """End the run on every rank if any of them has met an error of the user's."""
+    failures = [
+        f"rank {rank}: {message}" if rank else message
+        for rank, message in enumerate(transport.gather(str(error) if error else None))
+        if message is not None
+    ]
+    if failures and transport.is_root:
+        print("\n".join(f"error: {line}" for line in dict.fromkeys(failures)), file=sys.stderr)
+    if failures:
+        raise _Stopped
+
+
+def _run(transport: Transport, options: RunOptions, position: _Position) -> None:
+    text, failure = "", None
+    if transport.is_root:
+        try:
+            check_output(options.output, overwrite=options.overwrite)
+            text = load_experiment(options.experiment, options.overrides).to_yaml()
+        except UserError as error:
+            failure = error
+    else:
+        import torch  # noqa: F401 - takes seconds, while the root reads the file
+    _agree(transport, failure)
+    resolved = parse_experiment(transport.broadcast(text))
+    _Run(transport, options, resolved, position).execute()
+
+
+class _Run:
+    """One run, once its experiment is known to be valid."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        options: RunOptions,
+        resolved: ResolvedExperiment,
+        position: _Position,
+    ) -> None:
+        self._transport = transport
+        self._options = options
+        self._resolved = resolved
+        self._position = position
+        self._plans = make_plan(resolved)
+
+    def execute(self) -> None:
+        """Set up, run all scenarios, and give the file its name."""
+        import torch
+
+        from testbed.startup import Setups
+        from testbed.transport.placement import place
+
+        transport, compute = self._transport, self._resolved.experiment.compute
+        failure = None
+        try:
+            placement = place(
+                compute.device,
+                host=transport.host,
+                local_rank=transport.local_rank,
+                threads=compute.threads,
+            )
+        except UserError as error:
+            failure = error
+        _agree(transport, failure)
+        if placement.device != "cpu":
+            transport.allocate = _pinned
+        setups = Setups(transport, torch.device(placement.device))
+        headers: list[ScenarioHeader] = []
+        try:
+            setups.load_data(self._plans)
+            if transport.is_root:
+                headers = [_header(plan, setups) for plan in self._plans]
+        except UserError as error:
+            failure = error
+        _agree(transport, failure)
+
+        role = "client"
+        if transport.is_root:
+            role = "server" if transport.size > 1 else "server+client"
+        here = RankHeader(transport.host, placement.description, role, transport.local_rank)
+        ranks = transport.gather(here)
+        if transport.is_root:
+            self._serve(setups, headers, ranks)
+        else:
+            for plan in self._plans:
+                setup = setups.make(plan)
+                transport.serve(plan, setup.layout, self._worker(plan, setup))
+        transport.finish()
+
+    def _worker(self, plan: ScenarioPlan, setup: "ScenarioSetup") -> Worker:
+        from testbed.client import ClientWorker
+
+        return _Reporting(ClientWorker(plan, setup, self._transport.rank), self._position)
+
+    def _serve(
+        self, setups: "Setups", headers: Sequence[ScenarioHeader], ranks: Sequence[RankHeader]
+    ) -> None:
+        from testbed.server import ScenarioServer
+
+        transport, experiment = self._transport, self._resolved.experiment
+        writer = ResultsWriter(
+            self._options.output,
+            attributes=provenance(experiment.title, self._resolved.to_yaml(), transport.library),
+            ranks=ranks,
+            scenarios=headers,
+            overwrite=self._options.overwrite,
+            commit_seconds=experiment.results.commit_seconds,
+        )
+        total = sum(plan.rounds for plan in self._plans)
+        try:
+            with Progress(experiment.title, total, self._options.progress) as progress:
+                for plan in self._plans:
+                    setup = setups.make(plan)
+                    # Where the root is alone, it works on a module of its own, so that the
+                    # attacks do not touch a client's.
+                    worker = self._worker(plan, setups.make(plan, copy=True))
+                    with transport.open(
+                        plan, setup.layout, worker, buffers=experiment.compute.receive_buffers
+                    ) as downlink:
+                        server = ScenarioServer(plan, setup, downlink, transport.workers, writer)
+                        for _ in server.rounds():
+                            progress.advance(plan)
+            writer.complete()
+        finally:
+            writer.close()
+
+
+class _Reporting:
+    """A worker that notes what it is working on, for the report of a failure."""
+
+    def __init__(self, worker: Worker, position: _Position) -> None:
+        self._worker = worker
+        self._position = position
+
+    def load(self, model: NDArray[np.float32]) -> None:
+        """See `Worker`."""
+        self._worker.load(model)
+
+    def work(self, task: Task, message: Message) -> None:
+        """See `Worker`."""
+        self._position.task = task
+        self._worker.work(task, message)
+        self._position.task = None
+
+
+def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:
+    setup = setups.make(plan)
+    layout = setup.layout
+    attacks = setup.attacks
+    lengths = {"round": plan.rounds, "client": plan.clients, "class": layout.classes}
+    if plan.keeps_weights:
+        lengths["feature"] = layout.features
+    return ScenarioHeader(
+        swept=plan.swept,
+        parameters=_flatten(plan.scenario.model_dump(mode="json")),
+        model_parameters=layout.parameters,
+        model_buffers=layout.buffers,
+        last_layer=setup.model.last_layer.name,
+        lengths=lengths,
+        arrays=scenario_arrays(
+            bias=layout.bias is not None,
+            weight=plan.keeps_weights,
+            calibrations={label: attack.calibration_arrays for label, attack in attacks.items()},
+        ),
+        attacks={
+            label: AttackHeader(
+                name=attack.name,
+                title=attack.title,
+                knowledge=attack.knowledge.value,
+                source=attack.source,
+                options=attack.options(),
+            )
+            for label, attack in attacks.items()
+        },
+    )
+
+
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _pinned(size: int) -> NDArray[np.uint8]:
+    """Allocate page-locked host memory, from which a GPU copies without staging."""
+    import torch
+
+    buffer: NDArray[np.uint8] = torch.zeros(size, dtype=torch.uint8, pin_memory=True).numpy()
+    return buffer

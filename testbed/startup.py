@@ -1,0 +1,173 @@
+"""What a scenario needs on a rank before its first round: data, model, attacks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from testbed.attacks.base import Attack
+from testbed.data import Dataset, Parts, load, split
+from testbed.errors import UserError
+from testbed.experiment import ModelSection, Scenario
+from testbed.models.build import build, initialise_uniform
+from testbed.models.flat import FlatModel
+from testbed.models.last_layer import find_last_layer
+from testbed.plan import ScenarioPlan
+from testbed.samples import Samples
+from testbed.seeds import Purpose, seed64, stream
+from testbed.transport.base import Transport
+from testbed.update import UpdateLayout
+
+DataKey = tuple[str, Path | None]
+
+
+@dataclass(frozen=True)
+class ScenarioSetup:
+    """Data, model and attacks of a scenario.
+
+    Attributes
+    ----------
+    model
+        A module for whoever holds the set-up; its values are those of the last use.
+    initialise
+        Fills a flat model [parameters + buffers] on the host with the initial values that belong
+        to a key of `testbed.seeds`.
+    """
+
+    samples: Samples
+    parts: Parts
+    model: FlatModel
+    attacks: Mapping[str, Attack]
+    initialise: Callable[[torch.Tensor, tuple[int, ...]], None]
+
+    @property
+    def layout(self) -> UpdateLayout:
+        """Where things lie in an update."""
+        return self.model.layout
+
+
+class Setups:
+    """Makes the set-ups of scenarios on one rank; what scenarios share is made once.
+
+    Parameters
+    ----------
+    transport
+        Shares the data sets among the ranks of a host.
+    device
+        Where this rank computes.
+    """
+
+    def __init__(self, transport: Transport, device: torch.device) -> None:
+        self._transport = transport
+        self._device = device
+        self._samples: dict[DataKey, tuple[Dataset, Samples]] = {}
+        self._parts: tuple[object, Parts] | None = None
+        self._models: dict[bool, tuple[object, FlatModel, torch.Tensor]] = {}
+
+    def load_data(self, plans: Sequence[ScenarioPlan]) -> None:
+        """Load every data set of the plan; all ranks call this, in the same order."""
+        for plan in plans:
+            data = plan.scenario.data
+            key = (data.name, data.root)
+            if key not in self._samples:
+                dataset = self._share(key)
+                self._samples[key] = (dataset, Samples(dataset, self._device))
+
+    def _share(self, key: DataKey) -> Dataset:
+        def read() -> tuple[tuple[str, int, float, int | None], dict[str, NDArray[np.generic]]]:
+            dataset = load(*key)
+            description = (dataset.name, dataset.classes, dataset.scale, dataset.test_start)
+            return description, {"images": dataset.images, "labels": dataset.labels}
+
+        (name, classes, scale, test_start), arrays = self._transport.share(read)
+        return Dataset(
+            name=name,
+            images=arrays["images"],  # type: ignore[arg-type]
+            labels=arrays["labels"],  # type: ignore[arg-type]
+            classes=classes,
+            scale=scale,
+            test_start=test_start,
+        )
+
+    def make(self, plan: ScenarioPlan, *, copy: bool = False) -> ScenarioSetup:
+        """Return the set-up of a scenario.
+
+        Parameters
+        ----------
+        plan
+            The scenario.
+        copy
+            Whether it gets a module apart from that of set-ups made without.
+
+        Raises
+        ------
+        UserError
+            The model cannot be built, does not fit the data, or the data do not suffice.
+        """
+        scenario = plan.scenario
+        dataset, samples = self._samples[scenario.data.name, scenario.data.root]
+        parts = self._split(scenario, dataset)
+        if scenario.labels.distribution == "unbalanced" and dataset.classes < 2:
+            raise UserError(
+                "labels.distribution: unbalanced needs two classes, "
+                f"the data set {dataset.name!r} has {dataset.classes}"
+            )
+        if scenario.federation.evaluate_every and len(parts.test) == 0:
+            raise UserError(
+                "federation.evaluate_every: there is no test part to evaluate on: "
+                "set data.test_fraction above 0, or evaluate_every to 0"
+            )
+        model, initial = self._model(scenario, dataset, copy=copy)
+
+        def initialise(state: torch.Tensor, key: tuple[int, ...]) -> None:
+            seed = seed64(scenario.seed, Purpose.MODEL, *key)
+            if scenario.model.init == "uniform":
+                state.copy_(initial)
+                initialise_uniform(state[: model.layout.parameters], seed)
+            else:
+                state.copy_(_flat(scenario.model, dataset, seed, torch.device("cpu")).state)
+
+        attacks = {section.label: section.make() for section in scenario.attacks}
+        return ScenarioSetup(samples, parts, model, attacks, initialise)
+
+    def _split(self, scenario: Scenario, dataset: Dataset) -> Parts:
+        key = (scenario.data, scenario.seed)
+        if self._parts is None or self._parts[0] != key:
+            parts = split(
+                dataset.labels,
+                dataset.classes,
+                dataset.test_start,
+                auxiliary_per_class=scenario.data.auxiliary_per_class,
+                test_fraction=scenario.data.test_fraction,
+                # Not of the scenario's number: all scenarios divide a data set alike.
+                rng=stream(scenario.seed, Purpose.PARTS),
+            )
+            self._parts = (key, parts)
+        return self._parts[1]
+
+    def _model(
+        self, scenario: Scenario, dataset: Dataset, *, copy: bool
+    ) -> tuple[FlatModel, torch.Tensor]:
+        key = (scenario.model, scenario.data.name, scenario.data.root)
+        if copy not in self._models or self._models[copy][0] != key:
+            model = _flat(scenario.model, dataset, 0, self._device)
+            self._models[copy] = (key, model, model.state.cpu().clone())
+        _, model, initial = self._models[copy]
+        return model, initial
+
+
+def _flat(section: ModelSection, dataset: Dataset, seed: int, device: torch.device) -> FlatModel:
+    module = build(
+        section.name,
+        shape=dataset.shape,
+        classes=dataset.classes,
+        activation=section.activation,
+        arguments=section.arguments,
+        init=section.init,
+        seed=seed,
+    )
+    last = find_last_layer(module, dataset.shape, dataset.classes, section.last_layer)
+    return FlatModel(module, last, device)

