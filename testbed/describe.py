@@ -27,7 +27,7 @@ def describe_experiment(resolved: ResolvedExperiment) -> str:
         lines.append(f"... and {len(plans) - _MOST_SCENARIOS} more")
     sizes = [_results_bytes(plan) for plan in plans]
     known = [size for size in sizes if size is not None]
-    total = f"at most {_bytes(sum(known))} before compression"
+    total = f"at most {_bytes(sum(known))}, less by compression"
     if len(known) < len(sizes):
         unknown = len(sizes) - len(known)
         total = f"unknown ({unknown} of {len(sizes)} scenarios have shapes that only running tells)"

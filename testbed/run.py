@@ -1,17 +1,15 @@
 """A run: set up every rank, run the scenarios, fail everywhere where one rank fails."""
 
-import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.errors import UserError
 from testbed.experiment import ResolvedExperiment, load_experiment, parse_experiment
+from testbed.failure import Position, agree, guarded
 from testbed.plan import ScenarioPlan, Task, make_plan
 from testbed.progress import Progress
 from testbed.results.provenance import provenance
@@ -28,9 +26,6 @@ from testbed.update import Message
 
 if TYPE_CHECKING:  # these import torch
     from testbed.startup import ScenarioSetup, Setups
-
-EXIT_USER_ERROR = 2
-EXIT_FAILURE = 1
 
 
 @dataclass(frozen=True)
@@ -56,82 +51,29 @@ class RunOptions:
     progress: str
 
 
-class _Stopped(Exception):  # noqa: N818 - no error of this rank's
-    """Another rank has reported an error of the user's; this one ends quietly."""
-
-
-@dataclass
-class _Position:
-    """What this rank is doing, for the report if it fails."""
-
-    task: Task | None = None
-
-    def __str__(self) -> str:
-        if self.task is None:
-            return ""
-        task = self.task
-        return f", scenario {task.scenario}, round {task.round}, client {task.client}"
-
-
 def run(transport: Transport, options: RunOptions) -> int:
-    """Run an experiment on this rank, and return its exit status.
+    """Run an experiment on this rank, and return its exit status; every rank calls this.
 
-    Every rank calls this. An error of the user's is reported once, by the root, and ends all
-    ranks with status 2. Any other exception, and a rank that leaves early, ends all ranks at once:
-    the rank says who and where it was, and aborts the job, since the others wait for it.
+    An error of the user's is reported once, by the root, and ends all ranks with status 2 before
+    any of them computes. Any other exception ends all ranks with status 1; see `guarded`.
     """
-    position = _Position()
-    try:
-        _run(transport, options, position)
-    except _Stopped:
-        return EXIT_USER_ERROR
-    except UserError as error:
-        if transport.is_root:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except BaseException as error:
-        _fail(transport, position, error)
-    return 0
+    position = Position()
+
+    def body() -> None:
+        text = agree(transport, lambda: _read(transport, options))
+        resolved = parse_experiment(transport.broadcast(text))
+        _Run(transport, options, resolved, position).execute()
+
+    return guarded(transport, position, body)
 
 
-def _fail(transport: Transport, position: _Position, error: BaseException) -> NoReturn:
-    lines = [f"rank {transport.rank} of {transport.size} on {transport.host}{position}: "]
-    if isinstance(error, SystemExit):
-        lines[0] += f"left early, by sys.exit({error.code!r})"
-    else:
-        lines[0] += f"failed with {type(error).__name__}: {error}"
-    report = "".join(traceback.format_exception(error))
-    print(f"{report}error: {lines[0]}", file=sys.stderr, flush=True)
-    transport.abort()
-    sys.exit(EXIT_FAILURE)
-
-
-def _agree(transport: Transport, error: UserError | None) -> None:
-    """End the run on every rank if any of them has met an error of the user's."""
-    failures = [
-        f"rank {rank}: {message}" if rank else message
-        for rank, message in enumerate(transport.gather(str(error) if error else None))
-        if message is not None
-    ]
-    if failures and transport.is_root:
-        print("\n".join(f"error: {line}" for line in dict.fromkeys(failures)), file=sys.stderr)
-    if failures:
-        raise _Stopped
-
-
-def _run(transport: Transport, options: RunOptions, position: _Position) -> None:
-    text, failure = "", None
-    if transport.is_root:
-        try:
-            check_output(options.output, overwrite=options.overwrite)
-            text = load_experiment(options.experiment, options.overrides).to_yaml()
-        except UserError as error:
-            failure = error
-    else:
+def _read(transport: Transport, options: RunOptions) -> str:
+    if not transport.is_root:
         import torch  # noqa: F401 - takes seconds, while the root reads the file
-    _agree(transport, failure)
-    resolved = parse_experiment(transport.broadcast(text))
-    _Run(transport, options, resolved, position).execute()
+
+        return ""
+    check_output(options.output, overwrite=options.overwrite)
+    return load_experiment(options.experiment, options.overrides).to_yaml()
 
 
 class _Run:
@@ -142,7 +84,7 @@ class _Run:
         transport: Transport,
         options: RunOptions,
         resolved: ResolvedExperiment,
-        position: _Position,
+        position: Position,
     ) -> None:
         self._transport = transport
         self._options = options
@@ -158,29 +100,19 @@ class _Run:
         from testbed.transport.placement import place
 
         transport, compute = self._transport, self._resolved.experiment.compute
-        failure = None
-        try:
-            placement = place(
+        placement = agree(
+            transport,
+            lambda: place(
                 compute.device,
                 host=transport.host,
                 local_rank=transport.local_rank,
                 threads=compute.threads,
-            )
-        except UserError as error:
-            failure = error
-        _agree(transport, failure)
+            ),
+        )
         if placement.device != "cpu":
             transport.allocate = _pinned
         setups = Setups(transport, torch.device(placement.device))
-        headers: list[ScenarioHeader] = []
-        try:
-            setups.load_data(self._plans)
-            if transport.is_root:
-                headers = [_header(plan, setups) for plan in self._plans]
-        except UserError as error:
-            failure = error
-        _agree(transport, failure)
-
+        headers = agree(transport, lambda: self._prepare(setups))
         role = "client"
         if transport.is_root:
             role = "server" if transport.size > 1 else "server+client"
@@ -193,6 +125,11 @@ class _Run:
                 setup = setups.make(plan)
                 transport.serve(plan, setup.layout, self._worker(plan, setup))
         transport.finish()
+
+    def _prepare(self, setups: "Setups") -> list[ScenarioHeader]:
+        """Load the data; on the root, try out every scenario's model and attacks as well."""
+        setups.load_data(self._plans)
+        return [_header(plan, setups) for plan in self._plans] if self._transport.is_root else []
 
     def _worker(self, plan: ScenarioPlan, setup: "ScenarioSetup") -> Worker:
         from testbed.client import ClientWorker
@@ -225,7 +162,7 @@ class _Run:
                         plan, setup.layout, worker, buffers=experiment.compute.receive_buffers
                     ) as downlink:
                         server = ScenarioServer(plan, setup, downlink, transport.workers, writer)
-                        for _ in server.rounds():
+                        for _ in server.rounds(self._position):
                             progress.advance(plan)
             writer.complete()
         finally:
@@ -235,7 +172,7 @@ class _Run:
 class _Reporting:
     """A worker that notes what it is working on, for the report of a failure."""
 
-    def __init__(self, worker: Worker, position: _Position) -> None:
+    def __init__(self, worker: Worker, position: Position) -> None:
         self._worker = worker
         self._position = position
 
@@ -245,9 +182,10 @@ class _Reporting:
 
     def work(self, task: Task, message: Message) -> None:
         """See `Worker`."""
-        self._position.task = task
+        position = self._position
+        position.scenario, position.round, position.client = task.scenario, task.round, task.client
         self._worker.work(task, message)
-        self._position.task = None
+        position.client = None
 
 
 def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from testbed.attacks.adversary import GlobalModel, RestrictedAdversary
 from testbed.attacks.base import Attack, Observations
+from testbed.failure import Position
 from testbed.plan import ScenarioPlan, Task
 from testbed.results.schema import PHASES
 from testbed.results.writer import ResultsWriter
@@ -117,10 +118,18 @@ class ScenarioServer:
         self._published = 0
         self._publish_seconds = 0.0
 
-    def rounds(self) -> Iterator[int]:
-        """Run the scenario; yield the number of each round when it has been recorded."""
+    def rounds(self, position: Position) -> Iterator[int]:
+        """Run the scenario; yield the number of each round when it has been recorded.
+
+        Parameters
+        ----------
+        position
+            Is kept up to date, for the report of a failure.
+        """
+        position.scenario = self._plan.index
         self._publish_until(self._window)
         for number in range(self._plan.rounds):
+            position.round = number
             record = self._collect(number)
             # Before the attacks, so that they work while the clients compute.
             self._publish_until(number + 1 + self._window)

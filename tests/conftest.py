@@ -5,6 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# On a shared machine the time of one example says nothing.
+settings.register_profile(
+    "testbed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("testbed")
 
 
 @pytest.fixture(scope="session")

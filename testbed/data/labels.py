@@ -1,7 +1,7 @@
 """How the labels of a client's batch are distributed, and the samples drawn for them.
 
 Source: Wainakh et al., "User-Level Label Leakage from Gradients in Federated Learning", PoPETs
-2022, section 5.1 (balanced and unbalanced batches).
+2022, the experiments' balanced and unbalanced batches.
 """
 
 import numpy as np

@@ -120,8 +120,6 @@ class _Archive:
         self.header(name)
         with self._file.open(f"{name}.npy") as member:
             values: NDArray[Any] = npy.read_array(member, allow_pickle=False)
-            # The checksum is compared when the end is reached.
-            member.read(1)
         return values
 
     def _read_header(self, name: str, member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -44,9 +44,9 @@ _INTEGERS = frozenset({"i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"})
 def read_pickle(path: Path) -> dict[str, Any]:
     """Return the dictionary that a pickle holds.
 
-    Values may be None, booleans, numbers, str, bytes, tuples, lists, dictionaries, and NumPy
-    arrays of integers (read-only, backed by the pickle's own bytes). Python 2's strings are read
-    as bytes, except that the dictionary's keys become str.
+    Values may be None, booleans, numbers, str, bytes, tuples, lists and dictionaries of these, and
+    NumPy arrays of integers (read-only, not copied from the pickle's bytes). Python 2's strings
+    are read as bytes, except that the dictionary's keys become str; other keys are left out.
 
     Parameters
     ----------

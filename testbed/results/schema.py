@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 FILE_ENCODING = ("testbed-results", "1.0")
+# Of each dataset, beside its values: header, attributes, index of chunks; measured, rounded up.
+_STRUCTURE_BYTES = 2000
 PHASES = ("publish", "wait", "aggregate", "attack", "evaluate")
 
 Calibrations = Mapping[str, tuple[tuple[str, ...], str]]
@@ -88,8 +90,17 @@ def scenario_arrays(
 
 
 def uncompressed_bytes(arrays: Mapping[str, ArraySpec], lengths: Mapping[str, int]) -> int:
-    """Return what the arrays take without compression; ``lengths`` gives each axis's."""
-    return sum(
+    """Return what a scenario takes in the file at most: its arrays without compression.
+
+    Parameters
+    ----------
+    arrays
+        Of the scenario.
+    lengths
+        Length of each axis.
+    """
+    values = sum(
         int(np.prod([lengths[axis] for axis in spec.axes])) * np.dtype(spec.dtype).itemsize
         for spec in arrays.values()
     )
+    return values + _STRUCTURE_BYTES * (len(arrays) + len(lengths))

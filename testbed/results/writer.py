@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 from testbed.errors import UserError
 from testbed.results.schema import FILE_ENCODING, ArraySpec
 
-_CHUNK_BYTES = 1 << 17
+# Small, since a commit writes the chunk again that the last one left unfinished.
+_CHUNK_BYTES = 1 << 14
 _PENDING_BYTES = 1 << 26
+# A dataset's share of the file's structure.
+_OVERHEAD = 1500
 
 Rows = Mapping[str, "NDArray[Any] | float | int"]
 
@@ -124,7 +127,8 @@ class ResultsWriter:
             raise UserError(
                 f"{partial_path(path)}: cannot create the results file: {error}"
             ) from None
-        self._declare(attributes, ranks)
+        self._attributes, self._ranks = attributes, ranks
+        self._declare(self._file)
         self._file.swmr_mode = True
         self._committed_at = time.monotonic()
 
@@ -158,10 +162,26 @@ class ResultsWriter:
         self._committed_at = time.monotonic()
 
     def complete(self) -> None:
-        """Commit, close the file and give it its final name."""
+        """Commit, close the file and give it its final name.
+
+        Commits that write a chunk again leave its old place in the file unused, as SWMR does not
+        reuse space. Where that is much, the file is first copied into a compact one.
+        """
         self.commit()
+        partial = partial_path(self.path)
+        stored = sum(dataset.id.get_storage_size() for dataset in _datasets(self._file))
+        wasted = partial.stat().st_size > 1.25 * stored + _OVERHEAD * len(_datasets(self._file))
+        if not wasted:
+            self._file.close()
+            partial.replace(self.path)
+            return
+        compact = self.path.with_name(self.path.name + ".compact")
+        with h5py.File(compact, "w", libver=("v110", "v110")) as target:
+            self._declare(target)
+            _copy_chunks(self._file, target)
         self._file.close()
-        partial_path(self.path).replace(self.path)
+        compact.replace(self.path)
+        partial.unlink()
 
     def close(self) -> None:
         """Close an incomplete file, which keeps its name; nothing happens after `complete`."""
@@ -184,10 +204,10 @@ class ResultsWriter:
                     values[index] = rows[path]
             group[path][first : last + 1] = values
 
-    def _declare(self, attributes: Mapping[str, str], ranks: Sequence[RankHeader]) -> None:
-        root = self._file
+    def _declare(self, root: h5py.File) -> None:
+        ranks = self._ranks
         _encode(root, FILE_ENCODING[0])
-        root.attrs.update(attributes)
+        root.attrs.update(self._attributes)
         _scale(root, "scenario", len(self._scenarios))
         committed = root.create_dataset(
             "committed_rounds", data=np.zeros(len(self._scenarios), "<i8")
@@ -249,6 +269,30 @@ class ResultsWriter:
             described.attrs["options"] = json.dumps(dict(attack.options))
             if "calibration" in described:
                 _encode(described["calibration"], "calibration")
+
+
+def _datasets(file: h5py.File) -> list[h5py.Dataset]:
+    found: list[h5py.Dataset] = []
+
+    def visit(_: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset):
+            found.append(item)
+
+    file.visititems(visit)
+    return found
+
+
+def _copy_chunks(source: h5py.File, target: h5py.File) -> None:
+    """Copy the values of all datasets; chunks as they are, still compressed."""
+    for dataset in _datasets(source):
+        copy = target[dataset.name]
+        if dataset.chunks is None:
+            copy[...] = dataset[...]
+            continue
+        for index in range(dataset.id.get_num_chunks()):
+            offset = dataset.id.get_chunk_info(index).chunk_offset
+            mask, chunk = dataset.id.read_direct_chunk(offset)
+            copy.id.write_direct_chunk(offset, chunk, mask)
 
 
 def _scenario_name(index: int) -> str:

@@ -118,7 +118,7 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def abort(self) -> None:
+    def abort(self, status: int) -> None:
         """End every rank of the job, this one included; without other ranks, do nothing."""
 
     @abstractmethod

@@ -52,7 +52,7 @@ class LocalTransport(Transport):
         return _LocalDownlink(Message(layout, self.allocate), worker)
 
     @override
-    def abort(self) -> None:
+    def abort(self, status: int) -> None:
         pass
 
     @override

@@ -48,8 +48,8 @@ class MPITransport(Transport):
         self._windows: list[MPI.Win] = []
 
     @override
-    def abort(self) -> None:
-        MPI.COMM_WORLD.Abort(1)
+    def abort(self, status: int) -> None:
+        MPI.COMM_WORLD.Abort(status)
 
     @override
     def broadcast(self, value: T) -> T:

@@ -160,9 +160,7 @@ def test_oracle_recovers_every_batch_from_a_single_precision_gradient(size, clas
     posterior = softmax(generator.normal(scale=3, size=(3, size, classes)))
     onehot = np.eye(classes)[labels]
     bias = (posterior - onehot).mean(axis=1).astype(np.float32)
-    found = metrics.oracle_counts(
-        posterior.mean(axis=1).astype(np.float32), bias, np.full(3, size)
-    )
+    found = metrics.oracle_counts(posterior.mean(axis=1).astype(np.float32), bias, np.full(3, size))
     assert found.dtype == np.int64
     assert np.array_equal(found, onehot.sum(axis=1))
 
@@ -196,8 +194,8 @@ def test_bootstrap_resamples_clusters_and_not_values():
 
 def test_bootstrap_weighs_clusters_by_their_size():
     values, clusters = np.array([1.0] + [0.0] * 9), np.array([0] + [1] * 9)
-    # Three outcomes: the first cluster twice (mean 1), both (0.1), the second twice (0).
-    assert metrics.bootstrap_interval(values, clusters, level=0.4) == pytest.approx((0.0, 0.1))
+    # Three outcomes: the first twice (mean 1), both (0.1; half of all), the second twice (0).
+    assert metrics.bootstrap_interval(values, clusters, level=0.4) == pytest.approx((0.1, 0.1))
 
 
 def test_bootstrap_of_degenerate_samples():

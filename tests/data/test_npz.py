@@ -162,6 +162,16 @@ def test_damaged_file(tmp_path: Path, damage: str) -> None:
     failure(path, "not a readable NumPy archive", "Bad CRC" if damage == "pixel" else "not a zip")
 
 
+@pytest.mark.parametrize("place", [0, 1_000_000, 3_919_999])
+def test_checksum_of_large_arrays_is_compared(tmp_path: Path, place: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5000, 28, 28), dtype=np.uint8)
+    path = write(tmp_path / "a.npz", images=images, labels=np.arange(5000) % 4)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(images[:1].tobytes()) + place] ^= 1
+    path.write_bytes(raw)
+    failure(path, "Bad CRC-32 for file 'images.npy'")
+
+
 def header(shape: str, descr: str = "'|u1'", version: int = 1) -> bytes:
     text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}".encode()
     text += b" " * (-(len(text) + 11) % 64) + b"\n"

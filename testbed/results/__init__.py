@@ -1,0 +1,1 @@
+"""The results file: its schema, its writer and its reader. Importable without torch and MPI."""
