@@ -7,7 +7,7 @@ from itertools import islice
 from testbed.attacks import attacks
 from testbed.data import DATASETS, describe
 from testbed.experiment import ResolvedExperiment
-from testbed.models.catalog import MODELS
+from testbed.models.catalog import MODELS, check_input
 from testbed.plan import ScenarioPlan, make_plan
 from testbed.results.schema import scenario_arrays, uncompressed_bytes
 from testbed.sweep import describe as describe_swept
@@ -86,6 +86,7 @@ def _update_bytes(plan: ScenarioPlan) -> int | None:
     info = MODELS.get(plan.scenario.model.name)
     if info is None or classes is None or shape is None:
         return None
+    check_input(info, shape, classes)
     return 4 * info.parameters(shape, classes)
 
 
@@ -111,7 +112,7 @@ def _results_bytes(plan: ScenarioPlan) -> int | None:
 def _bytes(count: int) -> str:
     size, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
+        if size < 999.5:  # what is above is shown as 1e+03
             break
         size, unit = size / 1000, larger
     return f"{size:.3g} {unit}"

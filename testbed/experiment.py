@@ -25,7 +25,8 @@ def _no_bool(value: object) -> object:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+# Numbers of rounds and clients travel in 32 bits.
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, lt=2**31)]
 Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
 
@@ -40,7 +41,7 @@ class DataSection(_Section):
     name: str
     root: Path | None = None
     auxiliary_per_class: Natural = 20
-    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    test_fraction: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)] = 0.2
 
     @pydantic.field_validator("name")
     @classmethod
@@ -124,7 +125,7 @@ class AttackSection(pydantic.BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str
-    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+*-]{1,64}$")] = ""
+    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+*-]{0,63}$")] = ""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -153,14 +154,14 @@ class ComputeSection(_Section):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Count = 1
-    receive_buffers: Annotated[int, Field(ge=2, le=4096)] = 16
+    receive_buffers: Annotated[int, BeforeValidator(_no_bool), Field(ge=2, le=4096)] = 16
 
 
 class ResultsSection(_Section):
     """What the results file keeps, and how often it is committed."""
 
     observations: Literal["summary", "last_layer"] = "summary"
-    commit_seconds: Annotated[float, Field(ge=0, le=3600)] = 1.0
+    commit_seconds: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=3600)] = 1.0
 
 
 class Scenario(_Section):
@@ -205,6 +206,14 @@ class Experiment(Scenario):
     sweep: dict[str, Any] = {}
     compute: ComputeSection = ComputeSection()
     results: ResultsSection = ResultsSection()
+
+    @pydantic.field_validator("title")
+    @classmethod
+    def _printable(cls, title: str) -> str:
+        # HDF5 stores no NUL and no lone surrogate, and reports give a title one line.
+        if not title.isprintable():
+            raise ValueError("expected one line of printable text")
+        return title
 
 
 S = TypeVar("S", bound=Scenario)
@@ -269,12 +278,12 @@ def parse_experiment(
 
     # Values that a sweep supplies need not stand in the file as well: fill in its first point.
     variations = sweeps.expand(content.get("sweep") or {}, name, run_keys=whole)
-    filled = sweeps.set_keys(content, variations[0])
+    filled = sweeps.set_keys(content, variations[0], f"{name}: sweep")
     experiment = _validate(Experiment, filled, name, "")
     points = []
     for variation in variations:
         raw = {key: value for key, value in content.items() if key not in whole}
-        raw = sweeps.set_keys(raw, variation)
+        raw = sweeps.set_keys(raw, variation, f"{name}: sweep")
         where = f" (sweep: {sweeps.describe(variation)})" if variation else ""
         points.append(Point(variation, _validate(Scenario, raw, name, where)))
     return ResolvedExperiment(experiment, points)

@@ -259,4 +259,5 @@ class ScenarioServer:
 def _is_finite(values: NDArray[np.float32]) -> bool:
     # A sum is several times cheaper than a test of every element, and NaN and Inf survive it; a
     # sum that is not finite may also be one of large finite numbers.
-    return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())

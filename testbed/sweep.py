@@ -11,6 +11,12 @@ import yaml
 from testbed.errors import UserError
 
 _MAX_POINTS = 100_000
+# Aliases make a short text stand for an exponentially long one, and what validates and writes
+# the content follows them one by one.
+_MAX_NODES, _MAX_DEPTH = 100_000, 40
+_PLAIN = {
+    f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -22,13 +28,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} is no text", key_node.start_mark
-            )
+            raise _refusal(f"the key {key!r} is no text", key_node)
         if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} stands there twice", key_node.start_mark
-            )
+            raise _refusal(f"the key {key!r} stands there twice", key_node)
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -36,10 +38,47 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return how many values a node stands for, aliases followed, and how deeply they nest.
+
+    Raises where that is too much, or a value is neither text, number, yes or no, list nor mapping:
+    dates and the like would not survive being written to the results file and read again.
+    """
+    if id(node) in known:
+        return known[id(node)]
+    if node.tag not in _PLAIN:
+        kind = node.tag.rpartition(":")[2]
+        raise _refusal(f"found a value of the YAML type {kind!r}: put text in quotes", node)
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif isinstance(node, yaml.MappingNode):
+        children = [child for pair in node.value for child in pair]
+    known[id(node)] = (_MAX_NODES + 1, 0)  # stays so while a node that contains itself is measured
+    size, depth = 1, 1
+    for child in children:
+        inner, below = _measure(child, known)
+        size, depth = size + inner, max(depth, below + 1)
+        if size > _MAX_NODES or depth > _MAX_DEPTH:
+            limits = f"at most {_MAX_NODES} values, nested {_MAX_DEPTH} deep"
+            raise _refusal(f"too much content, aliases followed: {limits}, are allowed", node)
+    known[id(node)] = size, depth
+    return size, depth
+
+
+def _refusal(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
 def parse_yaml(text: str, name: str) -> Any:
     """Parse YAML, safely; `UserError` with file, line and reason where it is malformed."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measure(node, {})
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{name}, line {mark.line + 1}" if mark else name
@@ -63,16 +102,24 @@ def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dic
         value = parse_yaml(text, f"override {override!r}")
         sweep = result.get("sweep")
         if key.startswith("sweep."):
+            if sweep is not None and not isinstance(sweep, dict):
+                raise UserError(
+                    f"override {override!r}: `sweep` holds {sweep!r}, expected a mapping of keys "
+                    "to lists"
+                )
             result["sweep"] = {**(sweep or {}), key.removeprefix("sweep."): value}
             continue
         if isinstance(sweep, dict):
-            result["sweep"] = _without(sweep, key)
-        result = set_keys(result, {key: value})
+            result["sweep"] = _without(sweep, key, override)
+        result = set_keys(result, {key: value}, f"override {override!r}")
     return result
 
 
-def set_keys(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of nested mappings with dotted keys set; missing levels are made."""
+def set_keys(content: Mapping[str, Any], values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a copy of nested mappings with dotted keys set; missing levels are made.
+
+    ``name`` says in an error's message where the values come from.
+    """
     result = copy.deepcopy(dict(content))
     for key, value in values.items():
         *path, last = key.split(".")
@@ -80,7 +127,9 @@ def set_keys(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
         for part in path:
             inner = level.setdefault(part, {})
             if not isinstance(inner, dict):
-                raise UserError(f"{key}: {part!r} holds a value, so it has no keys to set")
+                raise UserError(
+                    f"{name}: {key}: {part!r} holds {inner!r}, expected a mapping of keys"
+                )
             level = inner
         level[last] = copy.deepcopy(value)
     return result
@@ -99,7 +148,7 @@ def expand(
     ------
     UserError
         Something is no list, is empty, the lists of a zip differ in length, a key is swept twice
-        or belongs to the run as a whole (``run_keys``).
+        or as a part of another, or belongs to the run as a whole (``run_keys``).
     """
     if not isinstance(sweep, Mapping):
         raise UserError(f"{name}: sweep: expected a mapping of keys to lists")
@@ -121,6 +170,13 @@ def expand(
                 )
             if key in seen:
                 raise UserError(f"{name}: sweep.{key}: this key is swept twice")
+            for other in seen:
+                if _is_within(key, other) or _is_within(other, key):
+                    outer, inner = sorted((key, other), key=len)
+                    raise UserError(
+                        f"{name}: sweep.{inner}: this key is part of {outer!r}, which is swept as "
+                        "well: sweep one of the two"
+                    )
             seen.add(key)
         lengths = {key: len(values) for key, values in group.items()}
         if len(set(lengths.values())) > 1:
@@ -144,14 +200,28 @@ def describe(swept: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in swept.items())
 
 
-def _without(sweep: Mapping[str, Any], key: str) -> dict[str, Any]:
-    result = {name: value for name, value in sweep.items() if name != key}
+def _is_within(key: str, outer: str) -> bool:
+    return key.startswith(outer + ".")
+
+
+def _without(sweep: Mapping[str, Any], key: str, override: str) -> dict[str, Any]:
+    """Return a sweep without the keys that an override of a key fixes."""
+
+    def stays(name: str) -> bool:
+        if _is_within(key, name):
+            raise UserError(
+                f"override {override!r}: {name!r} is swept as a whole, which would undo it: "
+                f"override {name} or sweep.{name}"
+            )
+        return name != key and not _is_within(name, key)
+
+    result = {name: value for name, value in sweep.items() if stays(name)}
     zipped = result.get("zip")
     if isinstance(zipped, dict):
         zipped = [zipped]
     if isinstance(zipped, list):
         rest = [
-            {name: value for name, value in group.items() if name != key}
+            {name: value for name, value in group.items() if stays(name)}
             if isinstance(group, dict)
             else group
             for group in zipped

@@ -16,7 +16,8 @@ def decode(row_sums: Array, impact: Array, offset: Array, labels: Array) -> Arra
     Where the impact is not negative, the published loop never leaves the class it starts with.
     A positive impact (negative features) keeps that meaning. An impact of zero (LLG without any
     negative row sum) says nothing about magnitudes, and the labels are spread in the order of the
-    values, each class once before any class twice.
+    values, each class once before any class twice. Impacts and offsets that are not finite count
+    as zero.
 
     Parameters
     ----------
@@ -36,6 +37,9 @@ def decode(row_sums: Array, impact: Array, offset: Array, labels: Array) -> Arra
     """
     xp = array_namespace(row_sums)
     total = labels[:, None]
+    # A diverged model gives calibrations that say nothing.
+    impact = xp.where(xp.isfinite(impact), impact, xp.zeros_like(impact))
+    offset = xp.where(xp.isfinite(offset), offset, xp.zeros_like(offset))
     step = xp.broadcast_to(-impact[:, None], (row_sums.shape[0], 1))
 
     taken = (row_sums < 0) & (_ranks(row_sums) < total)
@@ -59,13 +63,12 @@ def _fill(value: Array, step: Array, left: Array, total: Array) -> Array:
     own fraction: all members below some level are in, and of those on it the smallest fractions.
     """
     xp = array_namespace(value)
-    usable = xp.isfinite(value) & (step > 0)
     height = (value - xp.min(value, axis=1, keepdims=True)) / xp.where(
         step > 0, step, xp.ones_like(step)
     )
     # The smallest class alone could take every label: nothing above `total` can be reached.
     bound = xp.astype(total, value.dtype) + 1
-    height = xp.where(usable & (height < bound), height, bound)
+    height = xp.where((step > 0) & (height < bound), height, bound)
     floor = xp.astype(xp.floor(height), xp.int64)
     fraction = height - xp.floor(height)
 

@@ -1,6 +1,7 @@
 """A module whose parameters, gradients and buffers live in flat tensors."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,21 +101,26 @@ class FlatModel:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return posteriors [n, C] and the last layer's inputs [n, D] over batches of inputs."""
         posteriors: list[NDArray[np.float64]] = []
-        features: list[torch.Tensor] = []
+        features: list[NDArray[np.float64]] = []
+        caught: list[torch.Tensor] = []
 
-        def catch(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:  # noqa: ARG001
-            features.append(inputs[0])
+        def catch(_: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            caught.append(inputs[0] if inputs else named["input"])
 
         layer = self.module.get_submodule(self.last_layer.name)
-        hook = layer.register_forward_pre_hook(catch)
+        hook = layer.register_forward_pre_hook(catch, with_kwargs=True)
         try:
             for batch in batches:
+                caught.clear()
                 logits = self.module(batch)
                 posteriors.append(torch.softmax(logits.double(), dim=1).cpu().numpy())
+                # The last run of the layer made the logits. A view may follow it, so that its
+                # input may have more axes.
+                value = caught[-1].reshape(-1, self.layout.features)
+                features.append(value.double().cpu().numpy())
         finally:
             hook.remove()
-        caught = [value.double().cpu().numpy() for value in features]
-        return np.concatenate(posteriors), np.concatenate(caught)
+        return np.concatenate(posteriors), np.concatenate(features)
 
     def _reset_counters(self) -> None:
         for buffer, initial in self._counters:

@@ -118,6 +118,7 @@ class ResultsWriter:
         self._commit_seconds = commit_seconds
         self._pending: list[tuple[int, int, Rows]] = []
         self._pending_bytes = 0
+        self._next = [0] * len(scenarios)
         try:
             # libver: files that HDF5 2 writes as `latest` cannot be read by 1.14.
             self._file = h5py.File(
@@ -140,6 +141,13 @@ class ResultsWriter:
         unknown = rows.keys() - self._scenarios[scenario].arrays.keys()
         if unknown:
             raise KeyError(f"arrays that were not declared: {sorted(unknown)}")
+        expected, rounds = self._next[scenario], self._scenarios[scenario].lengths["round"]
+        if round_ != expected or round_ >= rounds:
+            raise ValueError(
+                f"scenario {scenario}: round {round_} of {rounds}, expected round {expected}: "
+                "rounds must be appended in order"
+            )
+        self._next[scenario] = round_ + 1
         self._pending.append((scenario, round_, rows))
         self._pending_bytes += sum(np.asarray(row).nbytes for row in rows.values())
         due = time.monotonic() - self._committed_at >= self._commit_seconds
@@ -190,8 +198,6 @@ class ResultsWriter:
 
     def _write(self, scenario: int, block: Sequence[tuple[int, Rows]]) -> None:
         first, last = block[0][0], block[-1][0]
-        if [round_ for round_, _ in block] != list(range(first, last + 1)):
-            raise ValueError(f"scenario {scenario}: rounds must be appended in order")
         header = self._scenarios[scenario]
         group = self._file[_scenario_name(scenario)]
         for path, spec in header.arrays.items():

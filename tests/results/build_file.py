@@ -178,7 +178,7 @@ def build(
     committed: Sequence[int] | None = None,
     title: str = "A title",
 ) -> Path:
-    """Write a whole file; rounds at or beyond ``committed`` hold rubbish, to show if they are used."""
+    """Write a whole file; rounds that are not committed hold rubbish, which shows if used."""
     builder = Builder(path, specs, title)
     generator = np.random.default_rng(0)
     for index, spec in enumerate(specs):

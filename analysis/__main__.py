@@ -1,0 +1,114 @@
+"""The command line: ``python -m analysis show|table|figures FILE...``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from testbed.errors import UserError
+
+_STYLES = ("text", "csv", "markdown", "latex")
+_FORMATS = ("png", "pdf", "svg")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv
+        Arguments; those of the process by default.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 2 for what the user has to mend.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        {"show": _show, "table": _table, "figures": _figures}[arguments.command](arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader (`head`, a pager) has seen enough; Python would complain on flushing again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="analysis",
+        description="Analyse results files offline: complete ones, ones that are still being "
+        "written, and ones left behind by a run that was killed (NAME stands for NAME.partial "
+        "too).",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    show = commands.add_parser("show", help="what is in a file, and how far it is")
+    table = commands.add_parser(
+        "table", help="success of each attack in each scenario, beside guessing and the oracle"
+    )
+    table.add_argument(
+        "--format", choices=_STYLES, default="text", help="csv is the tidy form (default: text)"
+    )
+    table.add_argument(
+        "--metric", default="asr", metavar="NAME", help="metric to show (default: asr)"
+    )
+    table.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to a file")
+    figures = commands.add_parser(
+        "figures", help="success against batch size, gradients against number of occurrences"
+    )
+    figures.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", required=True, help="folder to write to"
+    )
+    figures.add_argument("--format", choices=_FORMATS, default="png", help="(default: png)")
+    for command in (show, table, figures):
+        command.add_argument("files", nargs="+", metavar="FILE", help="results file")
+    return parser
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from analysis.show import show
+
+    print("\n".join(show(file) for file in arguments.files), end="")
+
+
+def _table(arguments: argparse.Namespace) -> None:
+    from analysis.load import load_attacked
+    from analysis.table import render
+
+    text = render(load_attacked(*arguments.files), arguments.format, arguments.metric)
+    _note_incomplete(arguments.files)
+    if arguments.output is None:
+        print(text, end="")
+        return
+    try:
+        arguments.output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{arguments.output}: cannot write the table: {error.strerror}") from None
+
+
+def _figures(arguments: argparse.Namespace) -> None:
+    from analysis.figures import figures
+
+    for path in figures(arguments.files, arguments.output, arguments.format):
+        print(path)
+    _note_incomplete(arguments.files)
+
+
+def _note_incomplete(files: Sequence[str]) -> None:
+    """Say on standard error which files lack rounds: a table does not show what is not there."""
+    from analysis.show import progress
+    from testbed.results.reader import open_results
+
+    for file in files:
+        with open_results(file) as results:
+            if not results.complete:
+                print(f"note: {results.path}: {progress(results)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""What is in a results file, and how far it is."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from testbed.results.reader import Rank, Results, Scenario
+
+
+def show(path: str | Path) -> str:
+    """Return a description of a results file.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read.
+    """
+    from testbed.results.reader import open_results
+
+    with open_results(path) as results:
+        facts = [
+            ("file", str(results.path)),
+            ("state", progress(results)),
+            *_provenance(results),
+        ]
+        width = max(len(name) for name, _ in facts)
+        return "\n".join(
+            [
+                results.title or "(untitled)",
+                *(f"  {name.ljust(width)}  {value}" for name, value in facts),
+                "",
+                *_attacks(results.scenarios),
+                "",
+                *_scenarios(results.scenarios),
+                "",
+            ]
+        )
+
+
+def progress(results: "Results") -> str:
+    """Return whether the file is complete, and how far it is."""
+    committed = sum(scenario.committed for scenario in results.scenarios)
+    planned = sum(scenario.rounds for scenario in results.scenarios)
+    # Rounded down: 100 % is said of nothing that lacks a round.
+    percent = 100 * committed // planned if planned else 100
+    far = f"{committed} of {planned} rounds, {percent} %"
+    if results.complete:
+        return f"complete ({far})"
+    if committed == planned:
+        return f"all rounds are there, but the run has not closed the file ({far})"
+    return f"incomplete: still being written, or its run was stopped ({far})"
+
+
+def _provenance(results: "Results") -> list[tuple[str, str]]:
+    attributes = results.attributes
+
+    def text(name: str) -> str:
+        return str(attributes.get(name, ""))
+
+    slurm = text("slurm_job")
+    return [
+        ("created", text("created") or "unknown"),
+        ("command", text("command") or "unknown"),
+        ("software", f"{text('software')} {text('software_version')}".strip() or "unknown"),
+        ("commit", text("git_commit") or "unknown"),
+        ("MPI", text("mpi_library") or "none (a single process)"),
+        ("Slurm job", slurm or "none"),
+        *_placement(results.ranks),
+        ("packages", _packages(text("dependencies")) or "unknown"),
+    ]
+
+
+def _packages(dependencies: str) -> str:
+    try:
+        return ", ".join(f"{name} {version}" for name, version in json.loads(dependencies).items())
+    except (ValueError, AttributeError):
+        return dependencies
+
+
+def _placement(ranks: Sequence["Rank"]) -> list[tuple[str, str]]:
+    hosts = len({rank.host for rank in ranks})
+    count = f"{_number(len(ranks), 'rank')} on {_number(hosts, 'host')}"
+    if len(ranks) <= 8:
+        each = [f"{rank.rank} {rank.role} on {rank.host}, {rank.device}" for rank in ranks]
+        return [("ranks", count), *(("", line) for line in each)]
+    # Indices of devices differ from rank to rank; their models are what a reader wants to know.
+    kinds = Counter(rank.device.partition(" ")[2] or rank.device for rank in ranks)
+    devices = ", ".join(f"{number} x {kind}" for kind, number in kinds.most_common())
+    return [("ranks", count), ("devices", devices)]
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def _attacks(scenarios: Sequence["Scenario"]) -> list[str]:
+    """One line per attack; an attack whose options change with the scenario has several."""
+    lines: dict[tuple[str, ...], None] = {}
+    for scenario in scenarios:
+        for label, info in scenario.attacks.items():
+            options = ", ".join(f"{name}={value}" for name, value in info.options.items())
+            knowledge = f"knows {info.knowledge}"
+            lines[label, info.title, knowledge, options or "no options", info.source] = None
+    return ["attacks", *_aligned(lines)] if lines else ["attacks  none"]
+
+
+def _scenarios(scenarios: Sequence["Scenario"]) -> list[str]:
+    keys = list(dict.fromkeys(key for scenario in scenarios for key in scenario.swept))
+    head = ["#", *keys, "clients", "classes", "rounds"]
+    body = [
+        [
+            str(scenario.index),
+            *(_value(scenario.swept.get(key)) for key in keys),
+            str(scenario.clients),
+            str(scenario.classes),
+            f"{scenario.committed}/{scenario.rounds}",
+        ]
+        for scenario in scenarios
+    ]
+    return ["scenarios", *_aligned([head, *body])]
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _aligned(lines: Iterable[Sequence[str]]) -> list[str]:
+    lines = list(lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]

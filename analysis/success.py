@@ -1,0 +1,171 @@
+"""Figure: attack success rate against batch size, or per scenario where that is not swept."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from analysis.figures import MARKERS, PALETTE, describe, grid, set_title
+from analysis.load import attack_names, varying_columns
+from analysis.table import LEVEL, summarise
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MAX_PANELS = 16
+_BARS_PER_ROW = 8
+_GREY = "0.35"
+_BASELINES = {"random": ("random guess (expected)", "--"), "uniform": ("uniform guess", ":")}
+
+
+def success_figure(frame: "pd.DataFrame", title: str) -> "Figure":
+    """Draw every attack's success with its 95 % interval, and what a guess would score.
+
+    Parameters
+    ----------
+    frame
+        Of one file, as `analysis.load` returns it; not empty.
+    title
+        Of the experiment.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A panel per data set, label distribution and further swept parameter, over batch sizes; or
+        bars per scenario where no panel would have two batch sizes.
+    """
+    summary = summarise(frame)
+    varying = varying_columns(frame)
+    keys = ["dataset", "distribution"]
+    keys += [name for name in varying if name not in (*keys, "batch_size")]
+    groups = [
+        (dict(zip(keys, values, strict=True)), group)
+        for values, group in summary.groupby(keys, sort=False, dropna=False)
+    ]
+    curves = max(group["batch_size"].nunique() for _, group in groups) > 1
+    return _curves(groups, title) if curves else _bars(summary, varying, title)
+
+
+def _curves(groups: Sequence[tuple[dict[str, Any], "pd.DataFrame"]], title: str) -> "Figure":
+    shown = groups[:_MAX_PANELS]
+    figure, panels = grid(len(shown), columns=min(4, max(2, round(len(shown) ** 0.5))))
+    sizes = sorted({size for _, group in shown for size in group["batch_size"]})
+    styles = _styles(group for _, group in shown)
+    for axes, (parameters, group) in zip(panels, shown, strict=True):
+        base = group.groupby("batch_size")[list(_BASELINES)].mean()
+        for attack, rows in group.groupby("attack", sort=False):
+            name, colour, marker = styles[str(attack)]
+            rows = rows.sort_values("batch_size")
+            x = rows["batch_size"]
+            axes.fill_between(x, rows["low"], rows["high"], color=colour, alpha=0.18, lw=0)
+            axes.plot(x, rows["mean"], color=colour, marker=marker, ms=4, lw=1.4, label=name)
+        for name, (label, line) in _BASELINES.items():
+            axes.plot(base.index, base[name], line, color=_GREY, lw=1.2, label=label, zorder=1.9)
+        _scale_sizes(axes, sizes)
+        axes.set_title(describe(parameters, width=44), parse_math=False)
+        axes.set_xlabel("batch size")
+    _finish(figure, panels, title, "bands", len(groups) - len(shown), "panels")
+    return figure
+
+
+def _bars(summary: "pd.DataFrame", varying: Sequence[str], title: str) -> "Figure":
+    found = summary["scenario"].unique().tolist()
+    shown = found[: _BARS_PER_ROW * _MAX_PANELS // 2]
+    styles = _styles([summary])
+    rows = [shown[start : start + _BARS_PER_ROW] for start in range(0, len(shown), _BARS_PER_ROW)]
+    wide = len(rows[0])
+    figure, panels = grid(len(rows), columns=1, width=1.0 + 0.32 * wide * (len(styles) + 1))
+    for axes, row in zip(panels, rows, strict=True):
+        part = summary[summary["scenario"].isin(row)]
+        _draw_bars(axes, part.assign(x=part["scenario"].map(row.index)), styles)
+        first = part.groupby("scenario", sort=False).first()[
+            list(varying or ("dataset", "distribution"))
+        ]
+        slanted = len(row) > 2
+        axes.set_xticks(
+            range(len(row)),
+            [describe(parameters, width=20) for parameters in first.to_dict("records")],
+            rotation=30 if slanted else 0,
+            ha="right" if slanted else "center",
+            rotation_mode="anchor" if slanted else "default",
+            parse_math=False,
+        )
+        axes.set_xlim(-0.6, wide - 0.4)
+        axes.grid(axis="x", visible=False)
+    _finish(figure, panels, title, "whiskers", len(found) - len(shown), "scenarios")
+    return figure
+
+
+def _draw_bars(
+    axes: "Axes", part: "pd.DataFrame", styles: Mapping[str, tuple[str, str, str]]
+) -> None:
+    """Draw a group of bars at each ``x``, with the baselines across it."""
+    width = 0.8 / len(styles)
+    for index, (attack, (name, colour, _)) in enumerate(styles.items()):
+        rows = part[part["attack"] == attack]
+        below, above = rows["mean"] - rows["low"], rows["high"] - rows["mean"]
+        axes.bar(
+            rows["x"] + (index + 0.5) * width - 0.4,
+            rows["mean"],
+            0.92 * width,
+            # Of equal values the mean may be off by a bit; matplotlib refuses negative errors.
+            yerr=np.maximum([below, above], 0),
+            color=colour,
+            label=name,
+            error_kw={"lw": 1, "capsize": 2, "ecolor": "0.2"},
+        )
+    base = part.groupby("x")[list(_BASELINES)].mean()
+    for column, (label, line) in _BASELINES.items():
+        axes.hlines(
+            base[column],
+            base.index - 0.45,
+            base.index + 0.45,
+            color=_GREY,
+            ls=line,
+            lw=1.4,
+            label=label,
+        )
+
+
+def _styles(groups: "Iterable[pd.DataFrame]") -> dict[str, tuple[str, str, str]]:
+    """Return for each attack its name, colour and marker, the same in all panels."""
+    import pandas as pd
+
+    names = attack_names(pd.concat(list(groups)))
+    return {
+        attack: (name, PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)])
+        for index, (attack, name) in enumerate(names.items())
+    }
+
+
+def _scale_sizes(axes: "Axes", sizes: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    step = -(-len(sizes) // 9)
+    axes.set_xticks(sizes[::step], [f"{size:g}" for size in sizes[::step]])
+    axes.xaxis.minorticks_off()
+    axes.set_xlim(sizes[0] / 1.25, sizes[-1] * 1.25)
+
+
+def _finish(
+    figure: "Figure", panels: Sequence["Axes"], title: str, spread: str, left_out: int, what: str
+) -> None:
+    entries: dict[str, Artist] = {}
+    for axes in panels:
+        axes.set_ylim(0, 1.03)
+        handles, labels = axes.get_legend_handles_labels()
+        entries = {**dict(zip(labels, handles, strict=True)), **entries}
+    baselines = [label for label, _ in _BASELINES.values()]
+    names = sorted(entries, key=lambda label: label in baselines)
+    note = f"; {left_out} more {what} left out" if left_out else ""
+    figure.legend(
+        [entries[name] for name in names],
+        names,
+        loc="outside lower center",
+        ncols=min(len(names), max(2, int(figure.get_figwidth() / 1.7))),
+        title=f"{spread}: {LEVEL * 100:g} % bootstrap interval of the mean{note}",
+    )
+    figure.supylabel("attack success rate", fontsize=9)
+    set_title(figure, title)

@@ -1,0 +1,112 @@
+"""The vectorised decoding against the paper's loop."""
+
+import numpy as np
+import pytest
+import torch
+from definition import decode_by_loop, has_near_tie
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from testbed.attacks.decoding import decode
+
+CLASSES = st.integers(1, 12)
+
+
+def exact(numerator):
+    """Values on a grid of 1/8: all arithmetic on them is exact, and ties are common."""
+    return st.integers(-numerator, numerator).map(lambda value: value / 8)
+
+
+@st.composite
+def gridded_updates(draw):
+    rows, classes = draw(st.integers(1, 4)), draw(CLASSES)
+    grid = hnp.arrays(np.float64, (rows, classes), elements=exact(40))
+    # Steps of a power of two divide exactly; 0 and positive ones are the degenerate cases.
+    impact = hnp.arrays(
+        np.float64, rows, elements=st.sampled_from([-4.0, -1, -0.5, -0.125, 0, 0.5])
+    )
+    labels = hnp.arrays(np.int64, rows, elements=st.integers(0, 60))
+    return (
+        draw(grid),
+        draw(impact),
+        draw(grid.filter(lambda a: a.shape == (rows, classes))),
+        draw(labels),
+    )
+
+
+@given(gridded_updates())
+def test_equals_the_loop_exactly_ties_included(update):
+    row_sums, impact, offset, labels = update
+    counts = decode(row_sums, impact, offset, labels)
+    for row in range(len(labels)):
+        expected = decode_by_loop(row_sums[row], impact[row], offset[row], labels[row])
+        assert counts[row].tolist() == expected.tolist()
+
+
+@given(st.integers(2, 40), st.floats(-5, -1e-3), st.integers(0, 300), st.integers(0, 2**32 - 1))
+def test_equals_the_loop_on_any_values_without_near_ties(classes, impact, labels, seed):
+    rng = np.random.default_rng(seed)
+    row_sums, offset = rng.normal(size=(2, classes)) * rng.choice([0.01, 1.0, 100.0])
+    value = row_sums - offset - impact * (row_sums < 0)
+    assume(not has_near_tie(value, impact, np.zeros_like(value), labels))
+    raw = np.sort(row_sums)
+    assume((np.diff(raw) > 1e-9).all())
+    counts = decode(row_sums[None], np.array([impact]), offset[None], np.array([labels]))[0]
+    assert counts.tolist() == decode_by_loop(row_sums, impact, offset, labels).tolist()
+
+
+@given(gridded_updates())
+def test_counts_are_natural_numbers_that_sum_to_the_labels(update):
+    counts = decode(*update)
+    assert (counts >= 0).all()
+    assert counts.sum(axis=1).tolist() == update[3].tolist()
+
+
+@given(gridded_updates())
+def test_torch_gives_the_same_counts_as_numpy(update):
+    expected = decode(*update)
+    found = decode(*(torch.from_numpy(array.copy()) for array in update))
+    assert isinstance(found, torch.Tensor)
+    assert found.tolist() == expected.tolist()
+
+
+def test_one_calibration_serves_all_updates():
+    rng = np.random.default_rng(0)
+    row_sums, labels = rng.normal(size=(7, 5)), np.full(7, 20)
+    impact, offset = np.array([-0.3]), rng.normal(size=(1, 5))
+    shared = decode(row_sums, impact, offset, labels)
+    repeated = decode(row_sums, np.repeat(impact, 7), np.repeat(offset, 7, axis=0), labels)
+    assert (shared == repeated).all()
+
+
+def test_the_sign_is_taken_before_the_offset_is_removed():
+    # Without its offset class 1 is the smallest, but only class 0 has a negative gradient.
+    counts = decode(
+        np.array([[-1.0, 2.0]]), np.array([-1.0]), np.array([[0.0, 9.0]]), np.array([1])
+    )
+    assert counts.tolist() == [[1, 0]]
+
+
+def test_more_negative_classes_than_labels_takes_the_most_negative():
+    counts = decode(
+        np.array([[-1.0, -3.0, -2.0, 6.0]]), np.array([-1.0]), np.zeros((1, 4)), np.array([2])
+    )
+    assert counts.tolist() == [[0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("impact", [-1e-300, -1e-12, -1e12, np.nan, np.inf, -np.inf])
+def test_extreme_impacts_still_give_counts_that_sum_to_the_labels(impact):
+    row_sums = np.array([[-1e6, 1e6, 3.0, -2e-9]])
+    counts = decode(row_sums, np.array([impact]), np.zeros((1, 4)), np.array([1000]))
+    assert (counts >= 0).all()
+    assert counts.sum() == 1000
+
+
+def test_a_million_labels_take_no_longer_than_one():
+    # The loop would take a million turns; the water filling has none.
+    row_sums = np.random.default_rng(1).normal(size=(3, 1000))
+    counts = decode(row_sums, np.full(3, -0.01), np.zeros((3, 1000)), np.full(3, 10**6))
+    assert counts.sum(axis=1).tolist() == [10**6] * 3
+    level = row_sums + 0.01 * counts
+    assert (level.max(axis=1) - level.min(axis=1) <= 0.01 + 1e-9).all()

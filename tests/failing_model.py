@@ -1,0 +1,33 @@
+"""Models that fail on purpose; tests copy this file beside their experiment."""
+
+import os
+import sys
+
+import torch
+
+
+class Failing(torch.nn.Module):
+    """A linear model that misbehaves on one rank from some forward pass of training on."""
+
+    def __init__(self, fault, rank, after=3, classes=10):
+        super().__init__()
+        self.body = torch.nn.Flatten()
+        self.classifier = torch.nn.Linear(64, classes)
+        self.fault, self.after = fault, after
+        self.here = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == rank
+        self.calls = 0
+
+    def forward(self, images):
+        """Return logits, or fail."""
+        logits = self.classifier(self.body(images))
+        self.calls += self.training
+        if self.training and self.here and self.calls > self.after:
+            if self.fault == "raise":
+                raise ValueError("this model fails on purpose")
+            if self.fault == "sys.exit":
+                sys.exit(0)
+            if self.fault == "os._exit":
+                os._exit(0)
+            if self.fault == "nan":
+                return logits * float("nan")
+        return logits

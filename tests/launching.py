@@ -1,0 +1,139 @@
+"""Starts the real program, alone or under a real mpirun, and looks at what it left."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import yaml
+
+MPIRUN = str(Path(sys.executable).with_name("mpirun"))
+if not Path(MPIRUN).exists():
+    MPIRUN = "mpirun"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A program that has ended."""
+
+    status: int
+    out: str
+    err: str
+    seconds: float
+
+
+def environment():
+    """Return an environment in which mpirun starts any number of ranks, as root too."""
+    return {
+        **os.environ,
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":OVERSUBSCRIBE",
+        "PRTE_MCA_hwloc_default_binding_policy": "none",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def command(*arguments, ranks=None):
+    """Return the command line of the testbed, under mpirun where ranks are given."""
+    start = [MPIRUN, "-n", str(ranks)] if ranks else []
+    return [*start, sys.executable, "-m", "testbed", *map(str, arguments)]
+
+
+def run_testbed(*arguments, ranks=None, cwd=None, timeout=120):
+    """Run the testbed to its end. A hang is a failure of the test: it is killed, and raises."""
+    return finish(command(*arguments, ranks=ranks), cwd=cwd, timeout=timeout)
+
+
+def finish(line: Sequence[str], cwd=None, timeout=120, env=None):
+    """Run a program to its end."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        line,
+        cwd=cwd,
+        env=env or environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        out, err = process.communicate()
+        raise AssertionError(
+            f"no end within {timeout} s: {' '.join(line)}\n{err.decode(errors='replace')}"
+        ) from None
+    seconds = time.monotonic() - started
+    return Finished(
+        process.returncode, out.decode(errors="replace"), err.decode(errors="replace"), seconds
+    )
+
+
+def descendants(pid):
+    """Return the process ids of a process and all its descendants."""
+    children = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue
+            parent = int(stat.rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.name))
+    found, todo = [], [pid]
+    while todo:
+        found.append(todo.pop())
+        todo += children.get(found[-1], [])
+    return found
+
+
+def kill_tree(pid):
+    """Send SIGKILL to a process and all its descendants, the launcher first."""
+    for victim in descendants(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+
+
+def write_experiment(path, **changes):
+    """Write a small experiment on the digits; keyword arguments replace or add top-level keys."""
+    content = {
+        "title": "a test",
+        "seed": 7,
+        "data": {"name": "digits"},
+        "model": {"name": "cnn"},
+        "federation": {"rounds": 6, "clients": 3, "batch_size": 8},
+        "attacks": ["random", "llg", "llg_star", "llg_plus"],
+    }
+    path.write_text(yaml.safe_dump({**content, **changes}))
+    return path
+
+
+def result_arrays(path):
+    """Return every array of a results file that the ranks and the clock must not change."""
+    found = {}
+
+    def visit(name, item):
+        placed = name.startswith("ranks/") or "/timings/" in name
+        if isinstance(item, h5py.Dataset) and not placed:
+            found[name] = item[()]
+
+    with h5py.File(path) as file:
+        file.visititems(visit)
+    return found
+
+
+def assert_same_results(first, second):
+    """Assert that two results files hold the same bits, timings and placement aside."""
+    one, two = result_arrays(first), result_arrays(second)
+    assert one.keys() == two.keys()
+    different = [name for name in one if one[name].tobytes() != two[name].tobytes()]
+    assert different == []
+    assert any(np.size(array) > 1 for array in one.values())

@@ -1,0 +1,72 @@
+"""A small experiment, and its pieces: for tests of what works on plans, models and rounds."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from testbed.experiment import ResolvedExperiment, parse_experiment
+from testbed.plan import ScenarioPlan, make_plan
+from testbed.results.schema import scenario_arrays
+from testbed.results.writer import AttackHeader, RankHeader, ScenarioHeader
+from testbed.startup import ScenarioSetup, Setups
+from testbed.transport.local import LocalTransport
+
+TEXT = """\
+title: small
+data: {name: digits}
+model: {name: cnn}
+federation: {rounds: 3, clients: 2, batch_size: 4}
+attacks: [llg]
+"""
+
+RANKS = [RankHeader(host="here", device="cpu", role="server+client", local_rank=0)]
+
+
+def resolve(*overrides: str) -> ResolvedExperiment:
+    return parse_experiment(TEXT, overrides)
+
+
+def plan_of(*overrides: str) -> ScenarioPlan:
+    (plan,) = make_plan(resolve(*overrides))
+    return plan
+
+
+def setups_for(plans: Sequence[ScenarioPlan]) -> Setups:
+    setups = Setups(LocalTransport(), torch.device("cpu"))
+    setups.load_data(plans)
+    return setups
+
+
+def header_of(plan: ScenarioPlan, setup: ScenarioSetup) -> ScenarioHeader:
+    """Return what the results file says of a scenario."""
+    layout = setup.layout
+    lengths = {
+        "round": plan.rounds,
+        "client": plan.clients,
+        "class": layout.classes,
+        "feature": layout.features,
+    }
+    if not plan.keeps_weights:
+        del lengths["feature"]
+    attacks: Mapping[str, AttackHeader] = {
+        label: AttackHeader(
+            attack.name, attack.title, attack.knowledge.value, attack.source, attack.options()
+        )
+        for label, attack in setup.attacks.items()
+    }
+    return ScenarioHeader(
+        swept=plan.swept,
+        parameters={},
+        model_parameters=layout.parameters,
+        model_buffers=layout.buffers,
+        last_layer=setup.model.last_layer.name,
+        lengths=lengths,
+        arrays=scenario_arrays(
+            bias=layout.bias is not None,
+            weight=plan.keeps_weights,
+            calibrations={
+                label: attack.calibration_arrays for label, attack in setup.attacks.items()
+            },
+        ),
+        attacks=attacks,
+    )

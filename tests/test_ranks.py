@@ -1,0 +1,82 @@
+"""The same bits for any number of ranks, and where each rank was."""
+
+import h5py
+import pytest
+from launching import assert_same_results, result_arrays, run_testbed, write_experiment
+
+# What ranks could confuse: repetitions that overtake each other, more and fewer clients than
+# ranks, running statistics, several scenarios, rounds without attacks, a batch of one.
+EXPERIMENTS = {
+    "probe": {
+        "federation": {"rounds": 8, "clients": 1, "fresh_model": True, "batch_size": 8},
+        "sweep": {"labels.distribution": ["balanced", "unbalanced", "natural"]},
+        "results": {"observations": "last_layer"},
+    },
+    "probe_of_cohorts": {
+        "federation": {"rounds": 5, "clients": 3, "fresh_model": True, "batch_size": 4},
+        "model": {"name": "cnn", "init": "torch", "activation": "relu"},
+    },
+    "training": {
+        "federation": {
+            "rounds": 7,
+            "clients": 5,
+            "batch_size": 4,
+            "attack_every": 2,
+            "evaluate_every": 3,
+        },
+        "sweep": {"labels.distribution": ["balanced", "unbalanced"], "model.name": ["cnn", "fcnn"]},
+    },
+    "training_with_statistics": {
+        "model": {"name": "resnet20", "init": "torch"},
+        "federation": {"rounds": 3, "clients": 2, "batch_size": 4, "evaluate_every": 1},
+        "compute": {"receive_buffers": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS))
+def test_results_are_bitwise_equal_for_any_number_of_ranks(name, tmp_path):
+    experiment = write_experiment(tmp_path / "experiment.yaml", **EXPERIMENTS[name])
+    alone = tmp_path / "alone.h5"
+    done = run_testbed("run", experiment, "-o", alone)
+    assert done.status == 0, done.err
+    for ranks in (1, 2, 3, 5):
+        output = tmp_path / f"{ranks}.h5"
+        done = run_testbed("run", experiment, "-o", output, ranks=ranks)
+        assert done.status == 0, done.err
+        assert_same_results(alone, output)
+
+
+def test_another_seed_gives_other_results(tmp_path):
+    experiment = write_experiment(tmp_path / "experiment.yaml")
+    arrays = []
+    for seed in (1, 2):
+        output = tmp_path / f"{seed}.h5"
+        assert run_testbed("run", experiment, f"seed={seed}", "-o", output).status == 0
+        arrays.append(result_arrays(output))
+    for name in ("truth/counts", "observations/row_sums", "updates/loss"):
+        path = f"scenarios/0000/{name}"
+        assert arrays[0][path].tobytes() != arrays[1][path].tobytes()
+
+
+def test_ranks_hosts_and_devices_stand_in_the_file(tmp_path):
+    experiment = write_experiment(tmp_path / "experiment.yaml")
+    output = tmp_path / "results.h5"
+    done = run_testbed("run", experiment, "compute.device=cpu", "-o", output, ranks=3)
+    assert done.status == 0, done.err
+    assert not (tmp_path / "results.h5.partial").exists()
+    with h5py.File(output) as file:
+        ranks = file["ranks"]
+        assert ranks["role"][:].tolist() == [b"server", b"client", b"client"]
+        assert ranks["device"][:].tolist() == [b"cpu"] * 3
+        assert ranks["local_rank"][:].tolist() == [0, 1, 2]
+        assert len(set(ranks["host"][:])) == 1
+        assert "MPI" in file.attrs["mpi_library"]
+        timings = file["scenarios/0000/timings"]
+        # Clients 0, 1, 2 over two workers, and the same ones in every round.
+        assert (timings["client_rank"][:] == [1, 2, 1]).all()
+        assert (timings["client_seconds"][:] > 0).all()
+        assert file["committed_rounds"][:].tolist() == [6]
+        # What crossed the wire: the update, and no truth.
+        parameters = file["scenarios/0000"].attrs["model_parameters"]
+        assert (file["scenarios/0000/updates/bytes_on_wire"][:] == 4 * parameters).all()
