@@ -74,7 +74,7 @@ def occurrences_figure(results: "Results", frame: "pd.DataFrame") -> "Figure":
         axes.scatter(x, y, s=5, color=PALETTE[0], alpha=0.3, lw=0, rasterized=True)
         first = frame[frame["scenario"] == index].iloc[0]
         says = "undefined" if np.isnan(rho) else f"{rho:.3f}"
-        name = describe({key: first[key] for key in varying}, width=34)
+        name = describe({key: first[key] for key in varying}, width=30)
         axes.set_title(f"{name}\n{_RHO} = {says}", parse_math=False)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     notes = ["points shifted sideways at random to show how many there are"]

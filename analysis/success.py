@@ -65,7 +65,7 @@ def _curves(groups: Sequence[tuple[dict[str, Any], "pd.DataFrame"]], title: str)
         for name, (label, line) in _BASELINES.items():
             axes.plot(base.index, base[name], line, color=_GREY, lw=1.2, label=label, zorder=1.9)
         _scale_sizes(axes, sizes)
-        axes.set_title(describe(parameters, width=44), parse_math=False)
+        axes.set_title(describe(parameters, width=40), parse_math=False)
         axes.set_xlabel("batch size")
     _finish(figure, panels, title, "bands", len(groups) - len(shown), "panels")
     return figure

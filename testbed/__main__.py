@@ -19,7 +19,13 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 for a failure, 2 for wrong input."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    # Overrides may stand before and after options, which argparse alone does not allow.
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or "overrides" not in options for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     try:
         status: int = options.command(options)
     except UserError as error:

@@ -93,10 +93,11 @@ class ScenarioPlan:
     def share(self, worker: int, workers: int) -> Iterator[tuple[int, list[Task]]]:
         """Yield the rounds that need a worker, each with the worker's tasks in it."""
         for round_ in range(self.rounds):
-            tasks = [Task(self.index, round_, client) for client in range(self.clients)]
-            mine = [task for task in tasks if self.worker(task, workers) == worker]
+            # The inverse of `worker`.
+            first = (worker - round_ * self.clients * self.fresh_model) % workers
+            mine = range(first, self.clients, workers)
             if mine:
-                yield round_, mine
+                yield round_, [Task(self.index, round_, client) for client in mine]
 
     def needed_by(self, round_: int, workers: int) -> list[int]:
         """Return the workers that have a task in a round, ascending."""

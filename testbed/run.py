@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from testbed.errors import UserError
 from testbed.experiment import ResolvedExperiment, load_experiment, parse_experiment
 from testbed.failure import Position, agree, guarded
 from testbed.plan import ScenarioPlan, Task, make_plan
@@ -68,12 +69,17 @@ def run(transport: Transport, options: RunOptions) -> int:
 
 
 def _read(transport: Transport, options: RunOptions) -> str:
-    if not transport.is_root:
-        import torch  # noqa: F401 - takes seconds, while the root reads the file
-
-        return ""
-    check_output(options.output, overwrite=options.overwrite)
-    return load_experiment(options.experiment, options.overrides).to_yaml()
+    text = ""
+    if transport.is_root:
+        check_output(options.output, overwrite=options.overwrite)
+        text = load_experiment(options.experiment, options.overrides).to_yaml()
+    try:
+        import torch  # noqa: F401 - takes seconds, on all ranks at once
+    except ImportError as error:
+        raise UserError(
+            f"PyTorch cannot be imported ({error}), and rounds need it: pip install '.[run]'"
+        ) from None
+    return text
 
 
 class _Run:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from testbed.experiment import ResolvedExperiment, parse_experiment
 from testbed.plan import ScenarioPlan, make_plan
@@ -35,6 +36,13 @@ def setups_for(plans: Sequence[ScenarioPlan]) -> Setups:
     setups = Setups(LocalTransport(), torch.device("cpu"))
     setups.load_data(plans)
     return setups
+
+
+def unbiased() -> nn.Module:
+    """Build a model for the digits whose last layer has no bias."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 12), nn.Sigmoid(), nn.Linear(12, 10, bias=False)
+    )
 
 
 def header_of(plan: ScenarioPlan, setup: ScenarioSetup) -> ScenarioHeader:

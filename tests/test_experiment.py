@@ -71,7 +71,7 @@ MESSAGES = [
     # unknown names
     ("data.name=digit", "my.yaml: data.name: found 'digit': did you mean 'digits'? (known: cifar"),
     ("model.name=resnet", "my.yaml: model.name: found 'resnet': did you mean 'resnet20'? (known: "),
-    ("model.name=vgg", "my.yaml: model.name: found 'vgg': known: cnn, fcnn, lenet, resnet20), or"),
+    ("model.name=vgg", "my.yaml: model.name: found 'vgg': known: cnn, fcnn, lenet, resnet20, or "),
     ("model.activation=rele", "my.yaml: model.activation: found 'rele': did you mean 'relu'? (kno"),
     ("model.init=unifrm", "my.yaml: model.init: found 'unifrm': did you mean 'uniform'? (known: t"),
     ("labels.distribution=balance", "my.yaml: labels.distribution: found 'balance': did you mean "),
@@ -128,13 +128,13 @@ MESSAGES = [
 def test_message_names_file_key_found_and_allowed(override: str, expected: str) -> None:
     message = refusal(TEXT, override)
     assert "\n" not in message
-    assert message.startswith(expected.replace("known: cnn, fcnn, lenet, resnet20),", "known: cnn"))
+    assert message.startswith(expected)
 
 
 def test_title_is_one_printable_line() -> None:
     for title in ("a\\0b", "a\\nb", "\\uD800"):
         assert "my.yaml: title: found" in refusal(f'{TEXT}title: "{title}"\n')
-    assert parse(f"{TEXT}title: Größe, 3 × 4\n").experiment.title == "Größe, 3 × 4"
+    assert parse(f"{TEXT}title: Größe 3\n").experiment.title == "Größe 3"
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -436,7 +436,7 @@ def test_swept_key_below_a_value_names_the_file() -> None:
     )
 
 
-AXES = {
+AXES: dict[str, list[Any]] = {
     "seed": [0, 5, 2**40],
     "federation.rounds": [1, 7],
     "federation.learning_rate": [0.5, 1e-3, "1e-4"],
@@ -485,7 +485,7 @@ def test_written_and_read_again_an_experiment_is_the_same(
 ) -> None:
     if zipped:
         shortest = min((len(values) for values in axes.values()), default=1)
-        axes = {"zip": [{key: values[:shortest] for key, values in axes.items()}]} if axes else {}  # type: ignore[list-item]
+        axes = {"zip": [{key: values[:shortest] for key, values in axes.items()}]} if axes else {}
     overrides = as_overrides({key: values[0] for key, values in fixed.items()})
     try:
         first = parse(TEXT + yaml.safe_dump({"sweep": axes}, sort_keys=False), *overrides)

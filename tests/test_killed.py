@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import h5py
 import numpy as np
 import pytest
 from launching import command, environment, finish, kill_tree, write_experiment
@@ -19,22 +20,32 @@ def start(tmp_path, name, ranks=3):
         federation={"rounds": 100_000, "clients": 2, "batch_size": 4},
         results={"observations": "last_layer", "commit_seconds": 0},
     )
-    return subprocess.Popen(
-        command("run", experiment, "-o", tmp_path / name, "--progress", "none", ranks=ranks),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    with (tmp_path / "log").open("wb") as log:
+        return subprocess.Popen(
+            command("run", experiment, "-o", tmp_path / name, "--progress", "none", ranks=ranks),
+            env=environment(),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def wait_for(condition, seconds, process):
     """Wait for a condition while a process runs."""
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, "the run ended by itself: see its log"
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.02)
+
+
+def committed(partial):
+    """Return how many rounds a file that is being written says it has."""
+    try:
+        with h5py.File(partial, "r", swmr=True) as file:
+            return int(file["committed_rounds"][0])
+    except (OSError, KeyError):  # not yet there, or not yet declared
+        return 0
 
 
 def check_rounds(path):
@@ -65,10 +76,8 @@ def test_every_committed_round_is_readable_after_a_kill(moment, tmp_path):
     process = start(tmp_path, "r.h5")
     partial = tmp_path / "r.h5.partial"
     try:
-        wait_for(partial.exists, 60, process)
-        # A kill while the file is being declared leaves none, and nothing was committed then.
-        delay = 0.3 + random.Random(moment).uniform(0, 2)
-        time.sleep(delay)
+        wait_for(lambda: committed(partial) > 0, 60, process)
+        time.sleep(random.Random(moment).uniform(0, 2))
     finally:
         kill_tree(process.pid)
         process.wait()
@@ -82,8 +91,7 @@ def test_every_committed_round_is_readable_after_a_kill(moment, tmp_path):
 def test_a_growing_file_is_read_round_by_round(tmp_path):
     process = start(tmp_path, "r.h5")
     try:
-        wait_for((tmp_path / "r.h5.partial").exists, 60, process)
-        time.sleep(1.0)
+        wait_for(lambda: committed(tmp_path / "r.h5.partial") > 0, 60, process)
         seen = [check_rounds(tmp_path / "r.h5") for _ in range(15)]
         table = finish([sys.executable, "-m", "analysis", "table", str(tmp_path / "r.h5")])
         assert process.poll() is None

@@ -103,14 +103,19 @@ class MPITransport(Transport):
         model = np.empty((2, layout.size), np.float32)
         messages = itertools.cycle([Message(layout, self.allocate), Message(layout, self.allocate)])
         sends: deque[MPI.Request] = deque()
-        shares = list(plan.share(self.rank - 1, self.workers))
+        shares = plan.share(self.rank - 1, self.workers)
         # Two models and two messages: the next model may arrive, and the last update leave, while
         # the worker computes.
-        arriving = [self._expect_model(plan, model[0])] if shares else []
-        for turn, (_, tasks) in enumerate(shares):
-            _wait(arriving.pop())
-            if turn + 1 < len(shares):
-                arriving.append(self._expect_model(plan, model[(turn + 1) % 2]))
+        upcoming = next(shares, None)
+        arriving = self._expect_model(plan, model[0]) if upcoming else MPI.REQUEST_NULL
+        for turn in itertools.count():
+            if upcoming is None:
+                break
+            _, tasks = upcoming
+            _wait(arriving)
+            upcoming = next(shares, None)
+            if upcoming is not None:
+                arriving = self._expect_model(plan, model[(turn + 1) % 2])
             worker.load(model[turn % 2])
             for task in tasks:
                 if len(sends) == 2:

@@ -145,7 +145,7 @@ def cores() -> int:
 
 def facts() -> str:
     """Return what the figures depend on: processor, load and versions."""
-    import numpy
+    import numpy as np
     import torch
     from mpi4py import __version__ as mpi4py_version
 
@@ -159,7 +159,7 @@ def facts() -> str:
     return (
         f"{cores()} cores ({'; '.join(sorted(models)) or 'unknown'}){gpu}, load {load}\n"
         f"Linux {platform.release()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, numpy {numpy.__version__}, mpi4py {mpi4py_version}"
+        f"torch {torch.__version__}, numpy {np.__version__}, mpi4py {mpi4py_version}"
     )
 
 

@@ -1,0 +1,135 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from build_file import Spec, build
+
+from analysis.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return build(tmp_path / "run.h5", [Spec(rounds=5)])
+
+
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+
+
+def test_show(path, capsys):
+    assert main(["show", str(path), str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("complete (5 of 5 rounds, 100 %)") == 2
+    assert err == ""
+
+
+def test_table(path, capsys):
+    assert main(["table", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert "uniform guess" in out
+    assert err == ""
+
+
+def test_table_into_a_file(path, tmp_path, capsys):
+    output = tmp_path / "table.csv"
+    assert (
+        main(["table", str(path), "--format", "csv", "--metric", "jaccard", "-o", str(output)]) == 0
+    )
+    assert capsys.readouterr().out == ""
+    table = pd.read_csv(output)
+    assert table["metric"].unique().tolist() == ["jaccard"]
+    assert len(table) == 4
+
+
+def test_figures(path, tmp_path, capsys):
+    assert main(["figures", str(path), "-o", str(tmp_path / "out"), "--format", "svg"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        assert (tmp_path / "out" / line.rpartition("/")[2]).stat().st_size > 1000
+
+
+def test_an_incomplete_file_is_pointed_out_beside_the_table(tmp_path, capsys):
+    build(tmp_path / "run.h5.partial", [Spec(rounds=5)], committed=[2])
+    assert main(["table", str(tmp_path / "run.h5"), "--format", "csv"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 5
+    assert err.startswith("note: ")
+    assert "2 of 5 rounds" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["show", "missing.h5"], "no such file"),
+        (["table", "missing.h5"], "no such file"),
+        (["figures", "missing.h5", "-o", "out"], "no such file"),
+        (["table", "{path}", "--metric", "accuracy"], "unknown metric"),
+        (["table", "{path}", "-o", "no/such/folder/x"], "cannot write the table"),
+        (["figures", "{path}", "-o", "{path}"], "cannot write the figure"),
+        (["table", "{empty}"], "no round with an attack"),
+        (["figures", "{empty}", "-o", "out"], "no round with an attack"),
+        (["show", "{text}"], "no HDF5 file"),
+    ],
+)
+def test_mistakes_get_one_line_and_status_2(path, tmp_path, monkeypatch, capsys, arguments, word):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").write_text("title: an experiment")
+    names = {
+        "path": path,
+        "empty": build(tmp_path / "new.h5.partial", [Spec()], committed=[0]),
+        "text": tmp_path / "x.yaml",
+    }
+    assert main([argument.format(**names) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert word in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["table"], ["figures", "x.h5"], ["table", "--format", "x"]]
+)
+def test_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: analysis" in capsys.readouterr().err
+
+
+def test_help_is_quick_and_names_every_command():
+    run("-m", "analysis", "--help")
+    start = time.perf_counter()
+    done = run("-m", "analysis", "--help")
+    assert time.perf_counter() - start < 2
+    assert (done.returncode, done.stderr) == (0, "")
+    for command in ("show", "table", "figures"):
+        assert command in done.stdout
+    heavy = "{'pandas', 'matplotlib', 'h5py'} & set(sys.modules)"
+    done = run("-c", f"import sys, analysis.__main__; sys.exit(' '.join({heavy}) or 0)")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    specs = [Spec({"a.b": "x" * 20_000 + str(i)}, rounds=1, clients=1) for i in range(10)]
+    path = build(tmp_path / "run.h5", specs)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "analysis", "show", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout
+    assert process.stderr
+    assert process.stdout.readline() == "A title\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 0

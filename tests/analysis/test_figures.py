@@ -1,0 +1,232 @@
+import itertools
+
+import h5py
+import matplotlib.image
+import numpy as np
+import pytest
+from build_file import Spec, build, paper_sweep
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
+
+import analysis
+from analysis.figures import PALETTE, STYLE, figures
+from analysis.occurrences import occurrences_figure
+from analysis.success import success_figure
+from analysis.table import summarise
+from testbed.errors import UserError
+from testbed.results.reader import open_results
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("paper") / "paper.h5", paper_sweep(12), title="The paper")
+
+
+def draw(path, kind="success"):
+    """Return a figure of a file as it is saved."""
+    frame = analysis.load(path)
+    with open_results(path) as results, matplotlib.rc_context(STYLE):
+        if kind == "success":
+            return success_figure(frame, results.title)
+        return occurrences_figure(results, frame)
+
+
+def test_png_files_of_a_complete_file(paper, tmp_path):
+    drawn = figures([paper], tmp_path / "new" / "folder")
+    assert [path.name for path in drawn] == ["paper-success.png", "paper-occurrences.png"]
+    for path in drawn:
+        pixels = matplotlib.image.imread(path)
+        height, width = pixels.shape[:2]
+        assert (width, height) >= (900, 500)
+        assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [("pdf", b"%PDF-"), ("svg", b"<?xml")])
+def test_vector_formats(paper, tmp_path, suffix, magic):
+    drawn = figures([str(paper)], str(tmp_path), suffix)
+    assert [path.suffix for path in drawn] == [f".{suffix}"] * 2
+    for path in drawn:
+        assert path.read_bytes().startswith(magic)
+
+
+def test_a_partial_file_and_equal_names(tmp_path):
+    (tmp_path / "other").mkdir()
+    build(tmp_path / "run.h5.partial", [Spec(rounds=9)], committed=[4])
+    build(tmp_path / "other" / "run.h5", [Spec(rounds=2)])
+    build(tmp_path / "empty.h5.partial", [Spec(rounds=2)], committed=[0])
+    files = [tmp_path / "run.h5", tmp_path / "empty.h5", tmp_path / "other" / "run.h5"]
+    names = [path.name for path in figures(files, tmp_path / "out")]
+    assert names == [f"{stem}-{kind}.png" for stem in ("run", "run-2")
+                     for kind in ("success", "occurrences")]  # fmt: skip
+
+
+def test_what_cannot_be_drawn_or_written(tmp_path):
+    empty = build(tmp_path / "empty.h5.partial", [Spec(rounds=2)], committed=[0])
+    with pytest.raises(UserError, match="no round with an attack"):
+        figures([empty], tmp_path)
+    path = build(tmp_path / "run.h5", [Spec(rounds=2)])
+    with pytest.raises(UserError, match="cannot write the figure"):
+        figures([path], path / "folder")
+
+
+def test_success_curves_are_the_means_over_batch_sizes(paper):
+    figure = draw(paper)
+    assert figure.get_suptitle() == "The paper"
+    assert [axes.get_title() for axes in figure.axes] == ["digits, balanced", "digits, unbalanced"]
+    summary = summarise(analysis.load(paper))
+    for axes, distribution in zip(figure.axes, ("balanced", "unbalanced"), strict=True):
+        assert axes.get_xscale() == "log"
+        assert axes.xaxis.get_transform().base == 2
+        labels = [label.get_text() for label in axes.get_xticklabels()]
+        assert labels == ["1", "2", "4", "8", "16", "32", "64", "128"]
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        assert list(lines) == [
+            *("Random", "LLG", "LLG*", "LLG+"),
+            *("random guess (expected)", "uniform guess"),
+        ]
+        rows = summary.query(f"distribution == '{distribution}' and attack == 'llg_plus'")
+        assert lines["LLG+"].get_xdata().tolist() == rows["batch_size"].tolist()
+        assert lines["LLG+"].get_ydata().tolist() == rows["mean"].tolist()
+        expected = lines["random guess (expected)"]
+        assert expected.get_linestyle() == "--"
+        assert expected.get_ydata() == pytest.approx(rows["random"].to_numpy())
+        band = axes.collections[3].get_paths()[0].vertices
+        assert band[:, 1].min() == rows["low"].min()
+        assert band[:, 1].max() == rows["high"].max()
+
+
+def test_bars_where_the_batch_size_is_not_swept(tmp_path):
+    specs = [
+        Spec({"defense.noise": noise}, rounds=5, attacks=attacks)
+        for noise, attacks in [(0, ["llg", "random"]), (0.1, ["llg", "llg_plus"])]
+    ]
+    path = build(tmp_path / "run.h5", specs)
+    (axes,) = draw(path).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["noise 0", "noise 0.1"]
+    summary = summarise(analysis.load(path))
+    bars = {container.get_label(): container for container in axes.containers
+            if hasattr(container, "patches")}  # fmt: skip
+    assert list(bars) == ["LLG", "Random", "LLG+"]
+    for attack, name in [("llg", "LLG"), ("llg_plus", "LLG+")]:
+        heights = [patch.get_height() for patch in bars[name].patches]
+        assert heights == summary[summary["attack"] == attack]["mean"].tolist()
+    centres = [patch.get_x() + patch.get_width() / 2 for patch in bars["LLG+"].patches]
+    assert len(centres) == 1
+    assert abs(centres[0] - 1) < 0.5
+
+
+def test_bars_with_one_round_and_with_equal_values(tmp_path):
+    path = build(tmp_path / "one.h5", [Spec(rounds=1)])
+    assert len(figures([path], tmp_path)) == 2
+    path = build(tmp_path / "equal.h5", [Spec(rounds=7, clients=3)])
+    with h5py.File(path, "a") as file:
+        truth = np.zeros(10, int)
+        truth[:5] = 2
+        for name, counts in [("truth", truth), ("attacks/llg", np.roll(truth, 2))]:
+            file[f"scenarios/0000/{name}/counts"][...] = counts
+    assert len(figures([path], tmp_path)) == 2
+
+
+def test_panels_and_scenarios_that_are_left_out_are_told(tmp_path):
+    specs = [
+        Spec({"defense.noise": noise, "federation.batch_size": size}, rounds=2, clients=1)
+        for noise in range(18)
+        for size in (1, 2)
+    ]
+    path = build(tmp_path / "run.h5", specs)
+    figure = draw(path)
+    assert len(figure.axes) == 16
+    assert "2 more panels left out" in figure.legends[0].get_title().get_text()
+    figure = draw(path, "occurrences")
+    assert len(figure.axes) == 8
+    assert "8 of 36 scenarios" in figure.get_supxlabel()
+
+
+def test_occurrences_scatter_and_rho(paper):
+    figure = draw(paper, "occurrences")
+    titles = [axes.get_title() for axes in figure.axes]
+    sizes = [1, 4, 32, 128]
+    assert [title.split("\n")[0] for title in titles] == [
+        f"{distribution}, batch size {size}"
+        for distribution, size in itertools.product(("balanced", "unbalanced"), sizes)
+    ]
+    with open_results(paper) as results:
+        scenario = results.scenarios[2]
+        truth = scenario.array("truth/counts").ravel()
+        sums = scenario.array("observations/row_sums").ravel()
+    rho = np.corrcoef(truth, sums)[0, 1]
+    assert titles[1].endswith(f"= {rho:.3f}")
+    points = figure.axes[1].collections[0].get_offsets()
+    assert np.rint(points[:, 0]).tolist() == truth.tolist()
+    assert points[:, 1].tolist() == sums.tolist()
+    assert len(np.unique(points[:, 0])) == len(truth)
+
+
+def test_occurrences_leave_out_what_is_not_finite_or_does_not_vary(tmp_path):
+    path = build(tmp_path / "run.h5", [Spec(rounds=6, clients=1)])
+    with h5py.File(path, "a") as file:
+        sums = file["scenarios/0000/observations/row_sums"]
+        sums[...] = 3.3
+        sums[2] = np.nan
+    (axes,) = draw(path, "occurrences").axes
+    assert axes.get_title().endswith("= undefined")
+    assert len(axes.collections[0].get_offsets()) == 50
+
+
+def test_many_points_are_thinned_but_all_count_for_rho(tmp_path, monkeypatch):
+    path = build(tmp_path / "run.h5", [Spec(rounds=40)])
+    whole = draw(path, "occurrences").axes[0]
+    monkeypatch.setattr("analysis.occurrences._MAX_POINTS", 100)
+    thin = draw(path, "occurrences").axes[0]
+    assert len(whole.collections[0].get_offsets()) == 800
+    assert len(thin.collections[0].get_offsets()) == 100
+    assert thin.get_title() == whole.get_title()
+
+
+CASES = {
+    "paper": paper_sweep(3, clients=1),
+    "one scenario": [Spec(rounds=3)],
+    "bars": [
+        Spec({"model.name": model, "defense.noise": noise}, rounds=3)
+        for model in ("cnn", "resnet20", "a_package.module:a_model_of_my_own")
+        for noise in (0.0, 0.01, 0.1, 1.0)
+    ],
+    "panels": [
+        Spec({"model.name": model, "defense.noise": noise, "federation.batch_size": size}, rounds=3)
+        for model in ("cnn", "resnet20")
+        for noise in (0.01, 0.1, 1.0)
+        for size in (1, 8, 64)
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", ["success", "occurrences"])
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_overlaps_or_is_cut_off(tmp_path, case, kind):
+    title = "A title with $dollars_ and & that is far longer than the figure is wide " * 2
+    figure = draw(build(tmp_path / "run.h5", CASES[case], title=title), kind)
+    with matplotlib.rc_context(STYLE):
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+    boxes = {f"axes {i}": axes.get_tightbbox(renderer) for i, axes in enumerate(figure.axes)}
+    boxes["title"] = figure._suptitle.get_window_extent(renderer)
+    boxes["y"] = figure._supylabel.get_window_extent(renderer)
+    if figure.legends:
+        boxes["legend"] = figure.legends[0].get_window_extent(renderer)
+    else:
+        boxes["x"] = figure._supxlabel.get_window_extent(renderer)
+    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
+        assert not a.padded(-1).overlaps(b.padded(-1)), (one, other)
+    for name, box in boxes.items():
+        assert figure.bbox.padded(2).contains(box.x0, box.y0), name
+        assert figure.bbox.padded(2).contains(box.x1, box.y1), name
+    assert all(text.get_fontsize() >= 8 for text in figure.findobj(Text) if text.get_text())
+
+
+def test_colours_differ_in_lightness_or_hue_for_dichromats():
+    # Deuteranopes confuse colours along one direction: Viénot et al. 1999, linear RGB.
+    simulate = np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]])
+    linear = [simulate @ np.array(to_rgb(colour)) ** 2.2 for colour in PALETTE]
+    for one, other in itertools.combinations(linear, 2):
+        assert np.linalg.norm(np.clip(one, 0, 1) - np.clip(other, 0, 1)) > 0.1

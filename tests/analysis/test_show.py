@@ -1,0 +1,82 @@
+import h5py
+import numpy as np
+import pytest
+from build_file import Builder, Spec, build, paper_sweep
+
+from analysis.show import show
+
+
+def test_a_complete_file(tmp_path):
+    path = build(tmp_path / "run.h5", paper_sweep(2), title="On digits")
+    text = show(path)
+    lines = text.splitlines()
+    assert lines[0] == "On digits"
+    for fact in (
+        "complete (32 of 32 rounds, 100 %)",
+        "2026-01-02T03:04:05+00:00",
+        "label-leakage-testbed 0.1.0",
+        "0123456789abcdef0123456789abcdef01234567+",
+        "Open MPI 5.0.6",
+        "4711",
+        "3 ranks on 2 hosts",
+        "2 client on node22, cuda:0 NVIDIA H200",
+        "numpy 2.0",
+        "testbed run x.yaml",
+    ):
+        assert fact in text
+    assert "LLG+" in text
+    assert "knows auxiliary" in text
+    assert lines[-1].split() == ["15", "unbalanced", "128", "2", "10", "2/2"]
+    head = next(line for line in lines if "labels.distribution" in line)
+    assert head.split()[-3:] == ["clients", "classes", "rounds"]
+
+
+def test_how_far_an_incomplete_file_is(tmp_path):
+    build(tmp_path / "run.h5.partial", [Spec(rounds=100), Spec(rounds=100)], committed=[100, 99])
+    text = show(tmp_path / "run.h5")
+    assert "incomplete" in text
+    assert "199 of 200 rounds, 99 %" in text
+    assert "99/100" in text
+    assert "run.h5.partial" in text
+
+
+def test_nothing_committed_yet(tmp_path):
+    build(tmp_path / "run.h5.partial", [Spec(rounds=7)], committed=[0])
+    assert "0 of 7 rounds, 0 %" in show(tmp_path / "run.h5.partial")
+
+
+def test_all_committed_but_never_closed(tmp_path):
+    build(tmp_path / "run.h5.partial", [Spec(rounds=3)])
+    assert "has not closed the file (3 of 3 rounds, 100 %)" in show(tmp_path / "run.h5")
+
+
+def test_what_is_not_known_is_said(tmp_path):
+    path = build(tmp_path / "run.h5", [Spec(rounds=1)], title="")
+    with h5py.File(path, "a") as file:
+        for name in ("git_commit", "mpi_library", "slurm_job"):
+            file.attrs[name] = ""
+    text = show(path)
+    assert text.startswith("(untitled)\n")
+    for fact in ("commit     unknown", "MPI        none (a single process)", "Slurm job  none"):
+        assert f"  {fact}\n" in text
+
+
+@pytest.mark.parametrize("ranks", [9, 64])
+def test_many_ranks_are_counted_by_device(tmp_path, ranks):
+    builder = Builder(tmp_path / "run.h5", [Spec(rounds=1)])
+    group = builder.file["ranks"]
+    devices = [b"cpu"] + [b"cuda:%d NVIDIA H200" % (i % 8) for i in range(ranks - 1)]
+    columns = {
+        "rank": list(range(ranks)),
+        "host": [b"node%d" % (i // 8) for i in range(ranks)],
+        "device": devices,
+        "role": [b"client"] * ranks,
+        "local_rank": [0] * ranks,
+    }
+    for name, column in columns.items():
+        del group[name]
+        group[name] = np.array(column)
+    builder.file.close()
+    text = show(tmp_path / "run.h5")
+    assert f"{ranks} ranks on {-(-ranks // 8)} hosts" in text
+    assert f"{ranks - 1} x NVIDIA H200, 1 x cpu" in text

@@ -1,0 +1,294 @@
+"""What attacks learn from the global model: equal to its definition by real backward passes."""
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from small_run import plan_of, setups_for
+from torch import nn
+
+from testbed.attacks import Knowledge, make_attack
+from testbed.attacks.adversary import GlobalModel, RestrictedAdversary
+from testbed.data import load
+from testbed.models.build import initialise_uniform
+from testbed.models.flat import FlatModel
+from testbed.models.last_layer import find_last_layer
+from testbed.samples import Samples
+from testbed.startup import ScenarioSetup
+
+CLASSES, PER_CLASS, BATCH = 10, 12, 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["cnn", "resnet20"])
+def setup(request: pytest.FixtureRequest) -> ScenarioSetup:
+    plan = plan_of(f"model.name={request.param}", f"data.auxiliary_per_class={PER_CLASS}")
+    return setups_for([plan]).make(plan)
+
+
+def state_of(setup: ScenarioSetup, key: int = 0) -> NDArray[np.float32]:
+    state = torch.empty(setup.layout.size)
+    setup.initialise(state, (0, key))
+    return state.numpy()
+
+
+def adversary_of(setup: ScenarioSetup, key: int = 0) -> GlobalModel:
+    model = GlobalModel(setup.model, setup.samples, setup.parts.auxiliary)
+    model.enter(state_of(setup, key), 0, (0, key))
+    return model
+
+
+def has_norms(setup: ScenarioSetup) -> bool:
+    return any(isinstance(module, nn.BatchNorm2d) for module in setup.model.module.modules())
+
+
+def reference_module(setup: ScenarioSetup, key: int = 0) -> nn.Module:
+    """Return the global model as a module of its own, in training mode as on a client."""
+    setup.model.load(torch.from_numpy(state_of(setup, key)))
+    module = copy.deepcopy(setup.model.module)
+    for parameter in module.parameters():
+        parameter.grad = None
+    return module.train()
+
+
+def row_sums(module: nn.Module, images: torch.Tensor, label: int) -> NDArray[np.float64]:
+    """Return the row sums of the last layer's gradient of a class-pure batch, by autograd."""
+    labels = torch.full((len(images),), label)
+    loss = nn.functional.cross_entropy(module(images), labels)
+    (gradient,) = torch.autograd.grad(loss, [module.get_parameter("classifier.weight")])
+    return gradient.double().sum(dim=1).numpy()
+
+
+def define(pure: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    """Return impact and offset from class-pure row sums [class of the batch, class of the row]."""
+    own = sum(pure[c, c] for c in range(CLASSES))
+    impact = own / (CLASSES * BATCH) * (1 + 1 / CLASSES)
+    others = [[pure[c, row] for c in range(CLASSES) if c != row] for row in range(CLASSES)]
+    return impact, np.mean(others, axis=1)
+
+
+def calibrate(
+    name: str, model: GlobalModel, **options: object
+) -> tuple[float, NDArray[np.float64]]:
+    attack = make_attack(name, options)
+    calibration = attack.calibrate(RestrictedAdversary(model, attack.knowledge, BATCH, 0))
+    assert {array: values.shape for array, values in calibration.items()} == {
+        "impact": (1,),
+        "offset": (1, CLASSES),
+    }
+    return calibration["impact"][0], calibration["offset"][0]
+
+
+def assert_equal(found: tuple[float, NDArray[np.float64]], pure: NDArray[np.float64]) -> None:
+    impact, offset = define(pure)
+    assert found[0] == pytest.approx(impact, rel=1e-5)
+    np.testing.assert_allclose(found[1], offset, rtol=1e-5, atol=1e-5 * np.abs(offset).max())
+
+
+def test_llg_plus_is_the_mean_over_class_pure_batches(setup: ScenarioSetup) -> None:
+    module = reference_module(setup)
+    # With BatchNorm all samples of a class are one batch. Without, any batches which have each
+    # sample once give the same mean: here of the clients' size.
+    size = PER_CLASS if has_norms(setup) else BATCH
+    pure = np.empty((CLASSES, CLASSES))
+    by_class = setup.parts.auxiliary.reshape(CLASSES, PER_CLASS)
+    for label, own in enumerate(by_class):
+        batches = [setup.samples.inputs(part) for part in own.reshape(-1, size)]
+        pure[label] = np.mean([row_sums(module, images, label) for images in batches], axis=0)
+    impact, offset = calibrate("llg_plus", adversary_of(setup))
+    assert_equal((impact, offset), pure)
+    # Of features that are not negative; those of the ResNet can be.
+    assert impact < 0 or has_norms(setup)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("zeros", 0.0), ("ones", 1.0)])
+def test_llg_star_is_the_gradient_of_class_pure_dummy_batches(
+    setup: ScenarioSetup, kind: str, value: float
+) -> None:
+    module = reference_module(setup)
+    images = torch.full((BATCH, *setup.samples.shape), value)
+    pure = np.array([row_sums(module, images, label) for label in range(CLASSES)])
+    assert_equal(calibrate("llg_star", adversary_of(setup), dummy=kind), pure)
+
+
+def test_llg_star_with_random_inputs(setup: ScenarioSetup) -> None:
+    model = adversary_of(setup)
+    seen: list[torch.Tensor] = []
+    hook = setup.model.module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    found = calibrate("llg_star", model, dummy="random", samples=30)
+    hook.remove()
+    (images,) = seen
+    assert images.shape == (30, *setup.samples.shape)
+    assert 0 <= images.min() < 0.05 < 0.95 < images.max() < 1
+    module = reference_module(setup)
+    pure = np.array([row_sums(module, images, label) for label in range(CLASSES)])
+    assert_equal(found, pure)
+
+
+def test_random_inputs_depend_on_seed_and_round_alone(setup: ScenarioSetup) -> None:
+    model, state = adversary_of(setup), state_of(setup)
+
+    def outputs(seed: int, key: int) -> NDArray[np.float64]:
+        model.enter(state, seed, (0, key))
+        return model.on_dummy("random", 3).features
+
+    first = outputs(0, 0)
+    assert not np.array_equal(outputs(0, 1), first)
+    assert not np.array_equal(outputs(1, 0), first)
+    model.on_dummy("random", 5)
+    np.testing.assert_array_equal(outputs(0, 0), first)
+
+
+CALLS = {
+    Knowledge.MODEL: lambda adversary: adversary.on_dummy("zeros", 1),
+    Knowledge.AUXILIARY: lambda adversary: adversary.on_auxiliary(),
+}
+
+
+@pytest.mark.parametrize("asked", CALLS)
+@pytest.mark.parametrize("declared", Knowledge)
+def test_an_attack_gets_what_it_declared(
+    setup: ScenarioSetup, declared: Knowledge, asked: Knowledge
+) -> None:
+    adversary = RestrictedAdversary(adversary_of(setup), declared, BATCH, 7)
+    allowed = {
+        Knowledge.GRADIENTS: [],
+        Knowledge.MODEL: [Knowledge.MODEL],
+        Knowledge.AUXILIARY: [Knowledge.MODEL, Knowledge.AUXILIARY],
+    }
+    if asked in allowed[declared]:
+        assert CALLS[asked](adversary).posterior.shape[1] == CLASSES
+        return
+    with pytest.raises(PermissionError) as caught:
+        CALLS[asked](adversary)
+    assert f"knowledge of {declared.value!r} and asks for {asked.value!r}" in str(caught.value)
+
+
+def test_batch_size_seed_and_classes_are_public(setup: ScenarioSetup) -> None:
+    adversary = RestrictedAdversary(adversary_of(setup), Knowledge.GRADIENTS, BATCH, 7)
+    assert (adversary.classes, adversary.batch_size, adversary.seed) == (CLASSES, BATCH, 7)
+
+
+def test_auxiliary_outputs_cover_every_class(setup: ScenarioSetup) -> None:
+    outputs = adversary_of(setup).on_auxiliary()
+    labels = np.repeat(np.arange(CLASSES), PER_CLASS)
+    np.testing.assert_array_equal(outputs.labels, labels)
+    assert outputs.posterior.shape == (CLASSES * PER_CLASS, CLASSES)
+    assert outputs.features.shape == (CLASSES * PER_CLASS, setup.layout.features)
+
+
+def test_each_kind_of_input_is_run_once_for_a_model(setup: ScenarioSetup) -> None:
+    model = adversary_of(setup)
+    sizes: list[int] = []
+    hook = setup.model.module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    for _ in range(3):
+        for name in ("llg_star", "llg_plus"):
+            calibrate(name, model)
+    once = list(sizes)
+    assert sum(once) <= CLASSES * PER_CLASS + 2
+    calibrate("llg_star", model, dummy="ones")
+    assert len(sizes) == len(once) + 1
+    model.enter(state_of(setup, 1), 0, (0, 1))
+    calibrate("llg_star", model)
+    assert len(sizes) == len(once) + 2
+    hook.remove()
+
+
+def test_outputs_are_those_of_the_model_that_was_entered(setup: ScenarioSetup) -> None:
+    model = adversary_of(setup, 0)
+    first = model.on_auxiliary().posterior
+    model.enter(state_of(setup, 1), 0, (0, 0))
+    assert not np.allclose(model.on_auxiliary().posterior, first)
+    # Whatever was done to the module in between.
+    state = state_of(setup, 0)
+    model.enter(state, 0, (0, 0))
+    state[:] = 0
+    with torch.no_grad():
+        setup.model.state.fill_(1)
+    setup.model.module.train()
+    np.testing.assert_array_equal(model.on_auxiliary().posterior, first)
+
+
+def test_running_statistics_are_left_alone(setup: ScenarioSetup) -> None:
+    model, split = adversary_of(setup), setup.layout.parameters
+    before = state_of(setup)[split:]
+    for run in (
+        lambda: model.on_dummy("random", 6),
+        model.on_auxiliary,
+        lambda: model.accuracy(setup.parts.test),
+    ):
+        run()
+        np.testing.assert_array_equal(setup.model.state[split:].numpy(), before)
+
+
+def test_running_statistics_are_not_used_for_calibrations(setup: ScenarioSetup) -> None:
+    model, state = adversary_of(setup), state_of(setup)
+    first = model.on_auxiliary().posterior
+    state[setup.layout.parameters :] = 0.3
+    model.enter(state, 0, (0, 0))
+    np.testing.assert_array_equal(model.on_auxiliary().posterior, first)
+
+
+def test_accuracy_is_that_in_inference_mode(setup: ScenarioSetup) -> None:
+    model = adversary_of(setup)
+    everything = np.arange(len(setup.samples.labels))  # more than one batch
+    module = reference_module(setup).eval()
+    with torch.no_grad():
+        guess = module(setup.samples.inputs(everything)).argmax(dim=1).numpy()
+    right = guess == setup.samples.labels
+    for indices in (everything, everything[:512], everything[600:601]):
+        for _ in range(2):
+            assert model.accuracy(indices) == right[indices].mean()
+            model.on_auxiliary()
+
+
+class Narrow(nn.Module):
+    """Normalises single values over the batch, and drops features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(64, 16)
+        self.norm = nn.BatchNorm1d(16)
+        self.drop = nn.Dropout(0.5)
+        self.classifier = nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.sigmoid(self.norm(self.hidden(x.flatten(1))))
+        logits: torch.Tensor = self.classifier(self.drop(hidden))
+        return logits
+
+
+@pytest.fixture
+def narrow() -> GlobalModel:
+    dataset = load("digits", None)
+    module = Narrow()
+    model = FlatModel(module, find_last_layer(module, dataset.shape, CLASSES), torch.device("cpu"))
+    initialise_uniform(model.state[: model.layout.parameters], 0)
+    auxiliary = np.concatenate([np.flatnonzero(dataset.labels == c)[:5] for c in range(CLASSES)])
+    adversary = GlobalModel(model, Samples(dataset, torch.device("cpu")), auxiliary)
+    adversary.enter(model.state.numpy().copy(), 0, (0, 0))
+    return adversary
+
+
+def test_one_dummy_input_suffices_with_norms_of_single_values(narrow: GlobalModel) -> None:
+    one, many = narrow.on_dummy("zeros", 1), narrow.on_dummy("zeros", 4)
+    assert one.posterior.shape == (1, CLASSES)
+    assert one.features.shape == (1, 16)
+    np.testing.assert_allclose(np.tile(one.posterior, (4, 1)), many.posterior, rtol=1e-6)
+    np.testing.assert_allclose(np.tile(one.features, (4, 1)), many.features, rtol=1e-6)
+    impact, _ = calibrate("llg_star", narrow)
+    assert impact < 0
+
+
+def test_dropout_is_off(narrow: GlobalModel) -> None:
+    assert (narrow.on_auxiliary().features > 0).all()

@@ -1,0 +1,610 @@
+"""The results file as it is written: declared, filled round by round, readable at any moment."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import xarray
+from numpy.typing import NDArray
+
+from testbed.errors import UserError
+from testbed.results import writer as writer_module
+from testbed.results.opening import open_file
+from testbed.results.provenance import provenance
+from testbed.results.schema import scenario_arrays, uncompressed_bytes
+from testbed.results.writer import (
+    AttackHeader,
+    RankHeader,
+    ResultsWriter,
+    ScenarioHeader,
+    check_output,
+    partial_path,
+)
+
+LENGTHS = {"round": 7, "client": 3, "class": 4, "feature": 5}
+ATTACKS = {
+    "llg": AttackHeader("llg", "LLG", "gradients", "a paper", {}),
+    "plus": AttackHeader("llg_plus", "LLG+", "auxiliary", "a paper", {"scaling": "consistent"}),
+    "random": AttackHeader("random", "Random", "gradients", "", {}),
+}
+CALIBRATIONS: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
+    "llg": {},
+    "plus": {"impact": ((), "f8"), "offset": (("class",), "f8")},
+    "random": {"seed": ((), "u8")},
+}
+HEADER = ScenarioHeader(
+    swept={"federation.batch_size": 4},
+    parameters={"seed": 0, "attacks": ["llg"]},
+    model_parameters=100,
+    model_buffers=7,
+    last_layer="classifier",
+    lengths=LENGTHS,
+    arrays=scenario_arrays(bias=True, weight=True, calibrations=CALIBRATIONS),
+    attacks=ATTACKS,
+)
+SMALL = replace(
+    HEADER,
+    swept={},
+    lengths={"round": 2, "client": 1, "class": 3},
+    arrays=scenario_arrays(bias=False, weight=False, calibrations={"llg": {}}),
+    attacks={"llg": ATTACKS["llg"]},
+)
+RANKS = [
+    RankHeader("node1", "cpu", "server", 0),
+    RankHeader("a-longer-name", "cuda:0 NVIDIA H200", "client", 3),
+]
+FILLS = {"f": np.nan, "i": -1, "u": 0}
+
+Rows = dict[str, NDArray[Any]]
+
+
+def make(path: Path, **options: Any) -> ResultsWriter:
+    defaults: dict[str, Any] = {"attributes": {"title": "A title"}, "ranks": RANKS}
+    defaults |= {"scenarios": [HEADER, SMALL], "commit_seconds": 3600.0}
+    return ResultsWriter(path, **defaults | options)
+
+
+def rows_of(header: ScenarioHeader, round_: int) -> Rows:
+    """Return a round's row of every array; the numbers tell where they belong."""
+    rng = np.random.default_rng(round_)
+    rows = {}
+    for name, spec in header.arrays.items():
+        shape = tuple(header.lengths[axis] for axis in spec.axes[1:])
+        if np.dtype(spec.dtype).kind == "f":
+            rows[name] = rng.normal(size=shape).astype(spec.dtype)
+        else:
+            rows[name] = rng.integers(0, 200, size=shape).astype(spec.dtype)
+    return rows
+
+
+def fill(writer: ResultsWriter, header: ScenarioHeader = HEADER, scenario: int = 0) -> None:
+    for round_ in range(header.lengths["round"]):
+        writer.append(scenario, round_, rows_of(header, round_))
+
+
+def contents(path: Path) -> dict[str, tuple[str, bytes, dict[str, Any]]]:
+    """Return type, bytes and attributes of every object; references become names."""
+    found = {}
+
+    with open_file(path) as file:
+
+        def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
+            links = ("DIMENSION_LIST", "REFERENCE_LIST")
+            attributes = {
+                k: np.asarray(v).tolist() for k, v in item.attrs.items() if k not in links
+            }
+            values = item[...] if isinstance(item, h5py.Dataset) else np.empty(0)
+            if isinstance(item, h5py.Dataset) and not item.is_scale:
+                scales = [[scale.name for scale in dim.values()] for dim in item.dims]
+                attributes["scales"] = scales
+            found[name] = (f"{values.dtype} {values.shape}", values.tobytes(), attributes)
+
+        visit("/", file)
+        file.visititems(visit)
+    return found
+
+
+# What is declared
+
+
+def test_arrays_have_the_declared_axes_types_and_fills(tmp_path: Path) -> None:
+    writer = make(tmp_path / "a.h5")
+    writer.close()
+    with open_file(partial_path(tmp_path / "a.h5")) as file:
+        for index, header in enumerate((HEADER, SMALL)):
+            group = file[f"scenarios/{index:04d}"]
+            for name, spec in header.arrays.items():
+                dataset = group[name]
+                assert dataset.dtype == np.dtype(spec.dtype)
+                assert dataset.shape == tuple(header.lengths[axis] for axis in spec.axes)
+                scales = [[scale.name for scale in dim.values()] for dim in dataset.dims]
+                assert scales == [[f"{group.name}/{axis}"] for axis in spec.axes]
+                expected = np.full(dataset.shape, FILLS[dataset.dtype.kind], dataset.dtype)
+                np.testing.assert_array_equal(dataset[...], expected)
+                assert dataset.fletcher32
+                assert (dataset.compression == "gzip") == ("weight_gradient" not in name)
+            for axis, length in header.lengths.items():
+                np.testing.assert_array_equal(group[axis][...], np.arange(length))
+                assert group[axis].dtype == np.int64
+                assert group[axis].is_scale
+
+
+def test_no_array_is_partly_scaled(tmp_path: Path) -> None:
+    writer = make(tmp_path / "a.h5")
+    writer.complete()
+    found = contents(tmp_path / "a.h5")
+    arrays = {name: item[2]["scales"] for name, item in found.items() if "scales" in item[2]}
+    assert set(arrays) >= {"committed_rounds", "ranks/host", "ranks/local_rank"}
+    assert len(arrays) == 5 + len(HEADER.arrays) + len(SMALL.arrays)
+    assert all(len(scales) == 1 for axes in arrays.values() for scales in axes)
+    assert arrays["committed_rounds"] == [["/scenario"]]
+    assert arrays["ranks/host"] == [["/ranks/rank"]]
+
+
+def test_groups_say_how_they_are_encoded(tmp_path: Path) -> None:
+    make(tmp_path / "a.h5").complete()
+    own = "truth", "observations", "attacks", "rounds", "updates", "timings"
+    expected = {"/": "testbed-results", "ranks": "ranks", "scenarios": "scenarios"}
+    for index, header in ((0, HEADER), (1, SMALL)):
+        scenario = f"scenarios/{index:04d}"
+        expected[scenario] = "scenario"
+        expected |= {f"{scenario}/{name}": name for name in own}
+        expected[f"{scenario}/timings/attacks"] = "attack-timings"
+        expected |= {f"{scenario}/attacks/{label}": "attack" for label in header.attacks}
+    for label in ("plus", "random"):
+        expected[f"scenarios/0000/attacks/{label}/calibration"] = "calibration"
+    found = {}
+    with h5py.File(tmp_path / "a.h5") as file:
+        groups = {"/": file}
+        file.visititems(
+            lambda name, item: groups.update({name: item} if isinstance(item, h5py.Group) else {})
+        )
+        for name, group in groups.items():
+            found[name] = group.attrs["encoding-type"]
+            assert group.attrs["encoding-version"] == "1.0"
+    assert found == expected
+
+
+def test_attributes(tmp_path: Path) -> None:
+    make(tmp_path / "a.h5", attributes={"title": "Größe", "slurm_job": ""}).complete()
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert (file.attrs["title"], file.attrs["slurm_job"]) == ("Größe", "")
+        scenario = file["scenarios/0000"].attrs
+        assert json.loads(scenario["swept"]) == {"federation.batch_size": 4}
+        assert json.loads(scenario["parameters"]) == {"seed": 0, "attacks": ["llg"]}
+        assert (scenario["model_parameters"], scenario["model_buffers"]) == (100, 7)
+        assert scenario["last_layer"] == "classifier"
+        attack = dict(file["scenarios/0000/attacks/plus"].attrs)
+        assert json.loads(attack.pop("options")) == {"scaling": "consistent"}
+        assert {key: attack[key] for key in ("name", "title", "knowledge", "source")} == {
+            "name": "llg_plus",
+            "title": "LLG+",
+            "knowledge": "auxiliary",
+            "source": "a paper",
+        }
+
+
+def test_ranks(tmp_path: Path) -> None:
+    make(tmp_path / "a.h5").complete()
+    with h5py.File(tmp_path / "a.h5") as file:
+        ranks = file["ranks"]
+        assert ranks["host"][...].tolist() == [b"node1", b"a-longer-name"]
+        assert ranks["device"][...].tolist() == [b"cpu", b"cuda:0 NVIDIA H200"]
+        assert ranks["role"][...].tolist() == [b"server", b"client"]
+        assert ranks["local_rank"][...].tolist() == [0, 3]
+        assert ranks["local_rank"].dtype == np.int32
+
+
+def test_provenance_has_every_attribute_of_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    attributes = provenance("A title", "seed: 0\n", "Open MPI 5")
+    page = (Path(__file__).parents[2] / "docs/file-format.md").read_text()
+    table = page.split("## Root")[1].split("| dataset")[0]
+    named = {
+        name.strip(" `")
+        for line in table.splitlines()
+        if line.startswith("| `")
+        for name in line.split("|")[1].split(",")
+    }
+    assert set(attributes) == named
+    assert attributes["slurm_job"] == "4711"
+    assert attributes["mpi_library"] == "Open MPI 5"
+    assert attributes["created"].endswith("+00:00")
+    assert json.loads(attributes["dependencies"])["numpy"] == np.__version__
+    assert all(isinstance(value, str) for value in attributes.values())
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert provenance("", "", "")["slurm_job"] == ""
+
+
+# What is written
+
+
+def test_rounds_come_back_as_they_were_given(tmp_path: Path) -> None:
+    writer = make(tmp_path / "a.h5")
+    fill(writer)
+    fill(writer, SMALL, 1)
+    writer.complete()
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file["committed_rounds"][...].tolist() == [7, 2]
+        for index, header in ((0, HEADER), (1, SMALL)):
+            for round_ in range(header.lengths["round"]):
+                for name, row in rows_of(header, round_).items():
+                    stored = file[f"scenarios/{index:04d}/{name}"][round_]
+                    np.testing.assert_array_equal(stored, row)
+
+
+def test_absent_rows_keep_their_fill_value(tmp_path: Path) -> None:
+    # Some in every commit, so that a block is written in which a row is missing.
+    given: list[set[str]] = [
+        {"rounds/loss", "attacks/llg/counts"},
+        {"updates/finite"},
+        {"rounds/loss", "attacks/random/calibration/seed"},
+        {"attacks/llg/counts"},
+    ]
+    writer = make(tmp_path / "a.h5")
+    for round_, names in enumerate(given):
+        rows = rows_of(HEADER, round_)
+        writer.append(0, round_, {name: rows[name] for name in names})
+        if round_ == 1:
+            writer.commit()
+    writer.complete()
+    with h5py.File(tmp_path / "a.h5") as file:
+        for name in HEADER.arrays:
+            values = file[f"scenarios/0000/{name}"][...]
+            for round_, names in enumerate([*given, set(), set(), set()]):
+                if name in names:
+                    expected = rows_of(HEADER, round_)[name]
+                else:
+                    expected = np.full_like(values[round_], FILLS[values.dtype.kind])
+                np.testing.assert_array_equal(values[round_], expected)
+
+
+def test_rows_may_be_numbers(tmp_path: Path) -> None:
+    writer = make(tmp_path / "a.h5")
+    writer.append(0, 0, {"rounds/loss": 0.5, "attacks/random/calibration/seed": 2**64 - 1})
+    writer.complete()
+    with h5py.File(tmp_path / "a.h5") as file:
+        group = file["scenarios/0000"]
+        assert group["rounds/loss"][0] == 0.5
+        assert group["attacks/random/calibration/seed"][0] == 2**64 - 1
+
+
+@contextmanager
+def opened(path: Path, **options: Any) -> Iterator[ResultsWriter]:
+    writer = make(path, **options)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def test_undeclared_arrays_are_refused(tmp_path: Path) -> None:
+    with opened(tmp_path / "a.h5") as writer:
+        with pytest.raises(KeyError, match=r"not declared: \['rounds/lost', 'x'\]"):
+            writer.append(0, 0, {"rounds/loss": 1.0, "rounds/lost": 1.0, "x": 1})
+        with pytest.raises(KeyError, match="bias_gradient"):
+            writer.append(1, 0, {"observations/bias_gradient": np.zeros((1, 3))})
+        # A refused round is as if it had not been given.
+        writer.append(0, 0, {"rounds/loss": 1.0})
+
+
+@pytest.mark.parametrize("committed", [False, True])
+@pytest.mark.parametrize("wrong", [0, 1, 3, 6, -1])
+def test_rounds_come_in_order(tmp_path: Path, wrong: int, committed: bool) -> None:
+    with opened(tmp_path / "a.h5") as writer:
+        for round_ in range(2):
+            writer.append(0, round_, {"rounds/loss": 1.0})
+        if committed:
+            writer.commit()
+        with pytest.raises(ValueError, match=f"scenario 0: round {wrong} of 7, expected round 2"):
+            writer.append(0, wrong, {"rounds/loss": 9.0})
+        writer.append(0, 2, {"rounds/loss": 3.0})
+        writer.append(1, 0, {"rounds/loss": 4.0})
+        writer.complete()
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file["committed_rounds"][...].tolist() == [3, 1]
+        losses = file["scenarios/0000/rounds/loss"][...]
+        np.testing.assert_array_equal(losses, [1, 1, 3, *[np.nan] * 4])
+
+
+def test_there_are_no_rounds_beyond_the_last(tmp_path: Path) -> None:
+    with opened(tmp_path / "a.h5") as writer:
+        fill(writer, SMALL, 1)
+        with pytest.raises(ValueError, match="scenario 1: round 2 of 2"):
+            writer.append(1, 2, {"rounds/loss": 1.0})
+
+
+def committed(path: Path) -> list[int]:
+    with open_file(path) as file:
+        rounds: list[int] = file["committed_rounds"][...].tolist()
+    return rounds
+
+
+def test_commits_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [100.0]
+    monkeypatch.setattr("testbed.results.writer.time.monotonic", lambda: seconds[0])
+    partial = partial_path(tmp_path / "a.h5")
+    with opened(tmp_path / "a.h5", commit_seconds=5.0) as writer:
+        seen = []
+        for round_ in range(7):
+            seconds[0] += 2
+            writer.append(0, round_, rows_of(HEADER, round_))
+            seen.append(committed(partial)[0])
+        assert seen == [0, 0, 3, 3, 3, 6, 6]
+        writer.commit()
+        assert committed(partial) == [7, 0]
+    assert committed(partial) == [7, 0]
+
+
+def test_large_rounds_do_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = rows_of(HEADER, 0)
+    size = sum(values.nbytes for values in row.values())
+    monkeypatch.setattr(writer_module, "_PENDING_BYTES", 2 * size)
+    partial = partial_path(tmp_path / "a.h5")
+    with opened(tmp_path / "a.h5") as writer:
+        seen = []
+        for round_ in range(7):
+            writer.append(0, round_, row)
+            seen.append(committed(partial)[0])
+        assert seen == [0, 0, 3, 3, 3, 6, 6]
+
+
+def test_commit_without_rounds_changes_nothing(tmp_path: Path) -> None:
+    with opened(tmp_path / "a.h5") as writer:
+        writer.append(0, 0, {"rounds/loss": 1.0})
+        for _ in range(3):
+            writer.commit()
+        assert committed(partial_path(tmp_path / "a.h5")) == [1, 0]
+
+
+def test_nothing_is_created_once_readers_may_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path / "a.h5", commit_seconds=0.0) as writer:
+        before = set(contents(partial_path(tmp_path / "a.h5")))
+
+        def refuse(*_: object, **__: object) -> None:
+            pytest.fail("SWMR supports no new object")
+
+        for owner, name in (
+            (h5py.Group, "create_dataset"),
+            (h5py.Group, "create_group"),
+            (h5py.Group, "__setitem__"),
+            (h5py.AttributeManager, "create"),
+            (h5py.AttributeManager, "__setitem__"),
+            (h5py.Dataset, "resize"),
+        ):
+            monkeypatch.setattr(owner, name, refuse)
+        fill(writer)
+        writer.commit()
+        assert set(contents(partial_path(tmp_path / "a.h5"))) == before
+
+
+# Its life
+
+
+READER = """
+import sys, h5py, numpy as np
+file = h5py.File(sys.argv[1], "r", swmr=True)
+rounds, losses = file["committed_rounds"], file["scenarios/0000/updates/loss"]
+for line in sys.stdin:
+    rounds.refresh()
+    losses.refresh()
+    done = int(rounds[0])
+    print(done, *losses[:done, 0], int(np.isnan(losses[done:]).all()), flush=True)
+"""
+
+
+def test_a_reader_sees_the_committed_rounds_of_a_run(tmp_path: Path) -> None:
+    with (
+        opened(tmp_path / "a.h5") as writer,
+        subprocess.Popen(
+            [sys.executable, "-c", READER, str(partial_path(tmp_path / "a.h5"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as reader,
+    ):
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+
+        def look() -> list[float]:
+            print(file=reader.stdin, flush=True)
+            assert reader.stdout is not None
+            return [float(word) for word in reader.stdout.readline().split()]
+
+        losses = [rows_of(HEADER, round_)["updates/loss"] for round_ in range(7)]
+        assert look() == [0, 1]
+        for round_ in range(7):
+            writer.append(0, round_, rows_of(HEADER, round_))
+            if round_ in (1, 2, 5):
+                writer.commit()
+                assert look() == [round_ + 1, *(loss[0] for loss in losses[: round_ + 1]), 1]
+        assert look()[0] == 6
+        reader.stdin.close()
+        assert reader.wait(60) == 0
+
+
+def test_an_incomplete_file_keeps_its_committed_rounds(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    with opened(path) as writer:
+        writer.append(0, 0, rows_of(HEADER, 0))
+        writer.commit()
+        writer.append(0, 1, rows_of(HEADER, 1))
+    assert not path.exists()
+    assert committed(partial_path(path)) == [1, 0]
+    writer.close()  # once more does no harm
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = sys.argv[2:]
+from pathlib import Path
+from test_writer import HEADER, make, rows_of
+writer = make(Path(sys.argv[1]))
+for round_ in range(5):
+    writer.append(0, round_, rows_of(HEADER, round_))
+    if round_ == 2:
+        writer.commit()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writer_leaves_its_committed_rounds(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), str(here), str(here.parents[1])],
+        capture_output=True,
+        check=False,
+        env=os.environ,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    partial = partial_path(path)
+    assert committed(partial) == [3, 0]
+    with open_file(partial) as file:
+        stored = file["scenarios/0000/observations/weight_gradient"][2]
+        expected = rows_of(HEADER, 2)["observations/weight_gradient"]
+        np.testing.assert_array_equal(stored, expected)
+
+
+def test_a_complete_file_has_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    with opened(path) as writer:
+        assert [file.name for file in tmp_path.iterdir()] == ["a.h5.partial"]
+        fill(writer)
+        writer.complete()
+        assert [file.name for file in tmp_path.iterdir()] == ["a.h5"]
+    with h5py.File(path, "r") as file:  # plainly: no writer has it open
+        assert file["committed_rounds"][0] == 7
+
+
+LONG = replace(HEADER, lengths={**LENGTHS, "round": 80})
+
+
+@pytest.mark.parametrize("commit_seconds", [0.0, 3600.0])
+def test_a_compact_copy_is_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit_seconds: float
+) -> None:
+    copied: list[int] = []
+    original = writer_module._copy_chunks
+
+    def spy(source: h5py.File, target: h5py.File) -> None:
+        copied.append(partial_path(path).stat().st_size)
+        original(source, target)
+
+    monkeypatch.setattr(writer_module, "_copy_chunks", spy)
+    path, plain = tmp_path / "a.h5", tmp_path / "plain.h5"
+    options: dict[str, Any] = {"scenarios": [LONG, SMALL]}
+    with opened(path, commit_seconds=commit_seconds, **options) as writer:
+        fill(writer, LONG)
+        before = contents(partial_path(path)) if commit_seconds == 0 else None
+        writer.complete()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.h5"]
+    if before is None:  # one commit wastes nothing
+        assert copied == []
+        return
+    assert len(copied) == 1
+    assert path.stat().st_size < 0.7 * copied[0]
+    assert contents(path) == before
+    with opened(plain, **options) as writer:
+        fill(writer, LONG)
+        writer.complete()
+    assert len(copied) == 1
+    assert contents(path) == contents(plain)
+    assert path.stat().st_size == pytest.approx(plain.stat().st_size, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "header", [LONG, replace(HEADER, lengths={**LENGTHS, "class": 100}), SMALL]
+)
+@pytest.mark.parametrize("commit_seconds", [0.0, 3600.0])
+def test_a_file_is_no_larger_than_check_says(
+    tmp_path: Path, header: ScenarioHeader, commit_seconds: float
+) -> None:
+    path = tmp_path / "a.h5"
+    sizes = []
+    for number in (1, 2):  # what a scenario adds to a file
+        options: dict[str, Any] = {"scenarios": [header] * number, "overwrite": True}
+        with opened(path, commit_seconds=commit_seconds, **options) as writer:
+            for scenario in range(number):
+                fill(writer, header, scenario)
+            writer.complete()
+        sizes.append(path.stat().st_size)
+    bound = uncompressed_bytes(header.arrays, header.lengths)
+    assert bound / 4 < sizes[1] - sizes[0] <= bound
+
+
+# Names that are taken
+
+
+def test_existing_files_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    for taken in (path, partial_path(path)):
+        taken.write_text("mine")
+        with pytest.raises(UserError, match=f"^{taken}: the file exists: .*--overwrite"):
+            make(path)
+        assert taken.read_text() == "mine"
+        taken.unlink()
+    make(path).complete()
+
+
+def test_overwriting_replaces_a_file_only_when_the_run_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    path.write_text("mine")
+    partial_path(path).write_text("left over")
+    with opened(path, overwrite=True) as writer:
+        fill(writer)
+        assert path.read_text() == "mine"
+        writer.complete()
+    assert committed(path) == [7, 0]
+    assert not partial_path(path).exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_places_where_no_file_can_be(tmp_path: Path, overwrite: bool) -> None:
+    missing = tmp_path / "no" / "a.h5"
+    with pytest.raises(UserError, match=f"^{missing}: the folder {missing.parent} does not exist"):
+        check_output(missing, overwrite=overwrite)
+    with pytest.raises(UserError, match=f"^{tmp_path}: this is a folder"):
+        check_output(tmp_path, overwrite=overwrite)
+    partial_path(tmp_path / "b.h5").mkdir()
+    with pytest.raises(UserError, match=f"^{tmp_path / 'b.h5'}.partial: "):
+        make(tmp_path / "b.h5", overwrite=overwrite)
+
+
+# Other readers
+
+
+def test_xarray_opens_every_group_with_named_axes(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    writer = make(path)
+    fill(writer)
+    fill(writer, SMALL, 1)
+    writer.complete()
+    for index, header in ((0, HEADER), (1, SMALL)):
+        for folder in sorted({name.rpartition("/")[0] for name in header.arrays}):
+            group = f"scenarios/{index:04d}/{folder}"
+            with xarray.open_dataset(path, engine="h5netcdf", group=group) as dataset:
+                inside = {name: spec for name, spec in header.arrays.items()
+                          if name.rpartition("/")[0] == folder}  # fmt: skip
+                assert set(dataset.data_vars) == {name.rpartition("/")[2] for name in inside}
+                for name, spec in inside.items():
+                    array = dataset[name.rpartition("/")[2]]
+                    assert array.dims == spec.axes
+                    expected = rows_of(header, 1)[name]
+                    np.testing.assert_array_equal(array.isel(round=1).values, expected)
+    with xarray.open_dataset(path, engine="h5netcdf") as dataset:
+        assert dataset["committed_rounds"].dims == ("scenario",)
+    with xarray.open_dataset(path, engine="h5netcdf", group="ranks") as dataset:
+        assert dataset["host"].dims == ("rank",)

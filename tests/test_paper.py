@@ -1,0 +1,105 @@
+"""The paper's untrained experiments on real data, against what its own code measures there."""
+
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from launching import run_testbed
+
+from analysis import load
+
+# Success of LLG as the paper's code measures it on MNIST (its CNN, fresh uniform(-0.5, 0.5)
+# weights, 100 repetitions), with a standard error of about 0.01 for each cell.
+REFERENCE_LLG = {
+    "unbalanced": {1: 1.00, 2: 0.94, 4: 0.88, 8: 0.88, 16: 0.86, 32: 0.85, 64: 0.84, 128: 0.85},
+    "balanced": {1: 1.00, 8: 0.85, 32: 0.81, 128: 0.80},
+}
+REFERENCE_ERROR = 0.01
+SIGNIFICANCE = 0.01
+EXPERIMENTS = "launch/experiments"
+
+
+@pytest.fixture(scope="module")
+def mnist(data_root, tmp_path_factory):
+    """Run the whole MNIST experiment, as the README has it, and load its results."""
+    output = tmp_path_factory.mktemp("mnist") / "mnist.h5"
+    experiment = f"{EXPERIMENTS}/mnist_batch_size.yaml"
+    done = run_testbed(
+        *("run", experiment, f"data.root={data_root / 'mnist'}", "-o", output),
+        ranks=3,
+        timeout=280,
+    )
+    assert done.status == 0, done.err
+    return load(output)
+
+
+def cells(frame, attack):
+    """Yield (distribution, batch size, success of each repetition)."""
+    chosen = frame[frame.attack == attack]
+    assert len(chosen) == 16 * 100
+    for (distribution, size), group in chosen.groupby(["distribution", "batch_size"]):
+        yield distribution, size, group.asr.to_numpy()
+
+
+def test_llg_succeeds_as_often_as_the_reference(mnist):
+    compared = []
+    for distribution, size, success in cells(mnist, "llg"):
+        if size == 1:
+            assert (success == 1).all()
+        elif size in REFERENCE_LLG[distribution]:
+            difference = success.mean() - REFERENCE_LLG[distribution][size]
+            error = np.hypot(success.std(ddof=1) / np.sqrt(len(success)), REFERENCE_ERROR)
+            compared.append((distribution, size, difference / error))
+    assert len(compared) == 10
+    # Two-sided, corrected for the number of cells (Bonferroni).
+    limit = NormalDist().inv_cdf(1 - SIGNIFICANCE / len(compared) / 2)
+    assert [cell for cell in compared if abs(cell[2]) > limit] == []
+
+
+@pytest.mark.parametrize(("attack", "least"), [("llg_star", 0.95), ("llg_plus", 0.97)])
+def test_knowing_the_model_recovers_nearly_every_label(mnist, attack, least):
+    found = {(d, size): success.mean() for d, size, success in cells(mnist, attack)}
+    assert {cell: mean for cell, mean in found.items() if mean < least} == {}
+
+
+def test_the_random_guess_is_what_theory_expects(mnist):
+    for distribution, size, success in cells(mnist, "random"):
+        rows = mnist[
+            (mnist.attack == "random")
+            & (mnist.distribution == distribution)
+            & (mnist.batch_size == size)
+        ]
+        error = success.std(ddof=1) / np.sqrt(len(success))
+        assert abs(success.mean() - rows.random.mean()) < 4 * error
+
+
+def test_the_oracle_is_exact_in_every_update(mnist):
+    assert (mnist.oracle == 1).all()
+
+
+def test_cifar_100_agrees_with_the_reference(data_root, tmp_path):
+    output = tmp_path / "cifar.h5"
+    done = run_testbed(
+        *("run", f"{EXPERIMENTS}/cifar100_batch_size.yaml", "-o", output),
+        f"data.root={data_root / 'cifar-100-python'}",
+        "sweep.federation.batch_size=[8,128]",
+        ranks=3,
+        timeout=280,
+    )
+    assert done.status == 0, done.err
+    frame = load(output)
+    found = frame[frame.attack == "llg"].groupby(["distribution", "batch_size"]).asr
+    reference = {
+        ("unbalanced", 8): 0.99,
+        ("unbalanced", 128): 0.97,
+        ("balanced", 8): 0.97,
+        ("balanced", 128): 0.93,
+    }
+    # The reference's figures are given to two digits, so that their last digit counts as error.
+    limit = NormalDist().inv_cdf(1 - SIGNIFICANCE / len(reference) / 2)
+    for cell, expected in reference.items():
+        success = found.get_group(cell)
+        error = np.hypot(success.std() / np.sqrt(len(success)), REFERENCE_ERROR)
+        assert abs(success.mean() - expected) < limit * error, cell
+    llg_plus = frame[frame.attack == "llg_plus"].groupby(["distribution", "batch_size"]).asr.mean()
+    assert (llg_plus > 0.97).all()
