@@ -55,16 +55,6 @@ class DataSection(_Section):
     def _home(cls, root: Path | None) -> Path | None:
         return root.expanduser() if root is not None else None
 
-    @pydantic.model_validator(mode="after")
-    def _has_root(self) -> "DataSection":
-        wanted = DATASETS[self.name].root
-        if wanted and self.root is None:
-            raise ValueError(
-                f"the data set {self.name!r} is read from a {wanted} of yours: "
-                f"set data.root={wanted.upper()}"
-            )
-        return self
-
 
 class LabelsSection(_Section):
     """How the labels of a client's batch are distributed (Wainakh et al. 2022, section 5)."""
@@ -233,6 +223,17 @@ class ResolvedExperiment:
 
     experiment: Experiment
     points: Sequence[Point]
+
+    def require_data(self) -> None:
+        """Raise `UserError` where a data set lacks its root: to run, not to check, needs one."""
+        for point in self.points:
+            data = point.scenario.data
+            wanted = DATASETS[data.name].root
+            if wanted and data.root is None:
+                raise UserError(
+                    f"the data set {data.name!r} is read from a {wanted} of yours: "
+                    f"set data.root={wanted.upper()}"
+                )
 
     def to_yaml(self) -> str:
         """Return the experiment file, overrides applied and defaults filled in."""

@@ -72,7 +72,9 @@ def _read(transport: Transport, options: RunOptions) -> str:
     text = ""
     if transport.is_root:
         check_output(options.output, overwrite=options.overwrite)
-        text = load_experiment(options.experiment, options.overrides).to_yaml()
+        resolved = load_experiment(options.experiment, options.overrides)
+        resolved.require_data()
+        text = resolved.to_yaml()
     try:
         import torch  # noqa: F401 - takes seconds, on all ranks at once
     except ImportError as error:

@@ -127,6 +127,7 @@ class ScenarioServer:
             Is kept up to date, for the report of a failure.
         """
         position.scenario = self._plan.index
+        written = 0.0
         self._publish_until(self._window)
         for number in range(self._plan.rounds):
             position.round = number
@@ -136,7 +137,10 @@ class ScenarioServer:
             record.clock.seconds["publish"], self._publish_seconds = self._publish_seconds, 0.0
             rows = self._attack(number, record) if self._plan.is_attacked(number) else {}
             rows |= self._evaluate(number, record)
+            record.clock.seconds["write"] = written
+            started = time.perf_counter()
             self._writer.append(self._plan.index, number, rows | self._measured(record))
+            written = time.perf_counter() - started
             yield number
 
     def _slot(self, number: int) -> NDArray[np.float32]:

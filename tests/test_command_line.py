@@ -26,7 +26,7 @@ def without(names, module, *arguments):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_that_comes_with_the_testbed_is_valid(experiment):
-    done = run_testbed("check", experiment, "data.root=DIR")
+    done = run_testbed("check", experiment)
     assert done.status == 0, done.err
     assert "scenarios" in done.out
 

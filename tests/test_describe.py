@@ -11,6 +11,7 @@ from testbed.data import DATASETS
 from testbed.describe import describe_experiment, describe_known
 from testbed.errors import UserError
 from testbed.models.catalog import MODELS
+from testbed.results.schema import PHASES
 
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
@@ -123,9 +124,11 @@ def test_size_grows_with_the_rounds() -> None:
         overrides = (f"federation.rounds={rounds}", "federation.clients=100")
         (row,) = table(describe_experiment(resolve(*overrides)))
         sizes.append(in_bytes(row["size"]))
-    # Five arrays of 4 bytes for each class, five for each client, eight for each round.
+    # Five arrays of 4 bytes for each class, five for each client; loss, accuracy, phases, attack.
     client = 5 * 10 * 4 + (8 + 8 + 1 + 8 + 4)
-    assert sizes[1] - sizes[0] == pytest.approx(1000 * (100 * client + 8 * 8), rel=0.01)
+    assert sizes[1] - sizes[0] == pytest.approx(
+        1000 * (100 * client + 8 * (3 + len(PHASES))), rel=0.01
+    )
 
 
 def test_no_size_is_shown_in_powers_of_ten() -> None:

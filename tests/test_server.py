@@ -21,6 +21,7 @@ from testbed.client import ClientWorker
 from testbed.failure import Position
 from testbed.models.build import build
 from testbed.plan import ScenarioPlan, Task
+from testbed.results.schema import PHASES
 from testbed.results.writer import ResultsWriter
 from testbed.seeds import Purpose, seed64
 from testbed.server import ScenarioServer
@@ -276,7 +277,7 @@ def test_wire_and_times(tmp_path: Path) -> None:
     assert (run["updates/finite"] == 1).all()
     assert (run["timings/client_rank"] == 0).all()
     assert (run["timings/client_seconds"] > 0).all()
-    for phase in ("publish", "wait", "aggregate", "attack", "evaluate"):
+    for phase in PHASES:
         seconds = run[f"timings/{phase}"]
         assert np.isfinite(seconds).all()
         assert (seconds >= 0).all()

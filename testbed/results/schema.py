@@ -13,7 +13,7 @@ import numpy as np
 FILE_ENCODING = ("testbed-results", "1.0")
 # Of each dataset, beside its values: header, attributes, index of chunks; measured, rounded up.
 _STRUCTURE_BYTES = 2000
-PHASES = ("publish", "wait", "aggregate", "attack", "evaluate")
+PHASES = ("publish", "wait", "aggregate", "attack", "evaluate", "write")
 
 Calibrations = Mapping[str, tuple[tuple[str, ...], str]]
 

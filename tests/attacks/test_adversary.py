@@ -250,6 +250,8 @@ def test_accuracy_is_that_in_inference_mode(setup: ScenarioSetup) -> None:
         for _ in range(2):
             assert model.accuracy(indices) == right[indices].mean()
             model.on_auxiliary()
+            with torch.no_grad():  # the module may have been used for something else
+                setup.model.state.fill_(1)
 
 
 class Narrow(nn.Module):

@@ -151,6 +151,17 @@ def inference(classes: Iterable[int], batch_size: int, repetitions: int) -> list
     return lines
 
 
+def calibrate(
+    attack: Attack,
+    adversary: RestrictedAdversary,
+    model: GlobalModel,
+    state: NDArray[np.float32],
+) -> None:
+    """Calibrate at a new global model: what the last one answered is forgotten."""
+    model.enter(state, 0, (0,))
+    attack.calibrate(adversary)
+
+
 def calibration(data: Path, batch_size: int, repetitions: int) -> list[str]:
     """Return the lines of the second table."""
     lines = [f"{'attack':<24}{'data':>10}{'per class':>11}{'ms/model':>11}"]
@@ -179,18 +190,14 @@ def calibration(data: Path, batch_size: int, repetitions: int) -> list[str]:
                 continue
             adversary = RestrictedAdversary(model, attack.knowledge, batch_size, 1)
 
-            def calibrate(attack: Attack = attack, adversary: object = adversary) -> None:
-                # A new global model: what the last one answered is forgotten.
-                model.enter(state.numpy(), 0, (0,))
-                attack.calibrate(adversary)
-
+            call = _Call(calibrate, attack, adversary, model, state.numpy())
             start = f"{label:<24}{name:>10}{per_class:>11}"
             try:
-                calibrate()
+                call()
             except Exception as error:
                 lines.append(f"{start}  not measured: {type(error).__name__}: {error}"[:100])
                 continue
-            lines.append(f"{start}{1e3 * best(calibrate, repetitions):>11.2f}")
+            lines.append(f"{start}{1e3 * best(call, repetitions):>11.2f}")
     return lines
 
 

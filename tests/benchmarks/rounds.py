@@ -105,10 +105,10 @@ def report(model: str, results: dict[Contender, list[Result]]) -> str:
     lines += ["", f"{'ms per round':<28}" + "".join(f"{phase:>15}" for phase in PHASES)]
     for contender, found in results.items():
         if contender.program == "testbed":
-            medians = [
-                statistics.median(result.phases[name] for result in found) for name in PHASES
-            ]
-            lines.append(f"{contender!s:<28}" + "".join(f"{value:>15.2f}" for value in medians))
+            phases = [[result.phases[name] for result in found] for name in PHASES]
+            lines.append(
+                f"{contender!s:<28}" + "".join(f"{statistics.median(v):>15.2f}" for v in phases)
+            )
     return "\n".join(lines)
 
 

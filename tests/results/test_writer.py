@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,6 +138,31 @@ def test_arrays_have_the_declared_axes_types_and_fills(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(group[axis][...], np.arange(length))
                 assert group[axis].dtype == np.int64
                 assert group[axis].is_scale
+
+
+def test_arrays_are_those_of_the_format() -> None:
+    page = (Path(__file__).parents[2] / "docs/file-format.md").read_text()
+    table = page.split("## A scenario")[1].split("| dataset")[1].split("Each `attacks/LABEL`")[0]
+    described: dict[str, tuple[list[str], list[str]]] = {}
+    for line in table.splitlines():
+        if line.startswith("| `"):
+            name, axes, dtype, meaning = (cell.strip() for cell in line.split("|")[1:5])
+            names = [name.strip("`")]
+            if names == ["timings/NAME"]:
+                names = [f"timings/{phase}" for phase in re.findall("`([a-z]+)`", meaning)]
+            kind = axes.replace(" [, class]", "").split(", "), dtype.split(" or ")
+            described |= dict.fromkeys(names, kind)
+    found: set[str] = set()
+    for array, spec in HEADER.arrays.items():
+        general = re.sub("attacks/[a-z]+", "attacks/LABEL", array)
+        general = re.sub("calibration/[a-z]+", "calibration/NAME", general)
+        general_axes, dtypes = described[general]
+        assert list(spec.axes[: len(general_axes)]) == general_axes, array
+        assert spec.axes[len(general_axes) :] in ((), ("class",)), array
+        assert np.dtype(spec.dtype).name in dtypes, array
+        assert spec.dtype[0] in "<|", array
+        found.add(general)
+    assert found == described.keys()
 
 
 def test_no_array_is_partly_scaled(tmp_path: Path) -> None:
