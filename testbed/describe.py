@@ -87,7 +87,7 @@ def _update_bytes(plan: ScenarioPlan) -> int | None:
     if info is None or classes is None or shape is None:
         return None
     check_input(info, shape, classes)
-    return 4 * info.parameters(shape, classes)
+    return 4 * (info.parameters(shape, classes) + info.buffers)
 
 
 def _results_bytes(plan: ScenarioPlan) -> int | None:

@@ -51,6 +51,8 @@ class ModelInfo:
     parameters
         Maps an input shape and the number of classes to the number of trainable parameters.
         Valid for the shapes that `check_input` accepts.
+    buffers
+        Number of floating-point values in buffers: BatchNorm's running statistics.
     """
 
     name: str
@@ -59,6 +61,7 @@ class ModelInfo:
     min_size: int
     features: Callable[[Shape], int]
     parameters: Callable[[Shape, int], int]
+    buffers: int = 0
 
 
 def is_import_path(name: str) -> bool:
@@ -200,6 +203,8 @@ MODELS: Mapping[str, ModelInfo] = MappingProxyType(
                 min_size=5,
                 features=lambda _: RESNET_HIDDEN,
                 parameters=_resnet20_parameters,
+                # Mean and variance: the first layer, then six of each width.
+                buffers=2 * (16 + 6 * (16 + 32 + 64)),
             ),
         )
     }

@@ -22,6 +22,8 @@ from testbed.results.schema import FILE_ENCODING, ArraySpec
 # Small, since a commit writes the chunk again that the last one left unfinished.
 _CHUNK_BYTES = 1 << 14
 _PENDING_BYTES = 1 << 26
+# HDF5 allows no chunk of 4 GiB, and a reader holds whole ones.
+_MOST_CHUNK_BYTES = 1 << 24
 # A dataset's share of the file's structure.
 _OVERHEAD = 1500
 
@@ -248,12 +250,11 @@ class ResultsWriter:
             _scale(group, axis, length)
         for path, spec in header.arrays.items():
             shape = tuple(header.lengths[axis] for axis in spec.axes)
-            row = int(np.prod(shape[1:])) * np.dtype(spec.dtype).itemsize
             dataset = group.create_dataset(
                 path,
                 shape,
                 spec.dtype,
-                chunks=(min(shape[0], max(1, _CHUNK_BYTES // row)), *shape[1:]),
+                chunks=_chunks(shape, np.dtype(spec.dtype).itemsize),
                 fillvalue=spec.fill,
                 compression="gzip" if spec.compressed else None,
                 compression_opts=1 if spec.compressed else None,
@@ -299,6 +300,15 @@ def _copy_chunks(source: h5py.File, target: h5py.File) -> None:
             offset = dataset.id.get_chunk_info(index).chunk_offset
             mask, chunk = dataset.id.read_direct_chunk(offset)
             copy.id.write_direct_chunk(offset, chunk, mask)
+
+
+def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Return chunks of many small rounds, or of some clients of a large one."""
+    row = int(np.prod(shape[1:])) * itemsize
+    if row <= _CHUNK_BYTES or len(shape) == 1:
+        return (min(shape[0], max(1, _CHUNK_BYTES // row)), *shape[1:])
+    client = row // shape[1]
+    return (1, min(shape[1], max(1, _MOST_CHUNK_BYTES // client)), *shape[2:])
 
 
 def _scenario_name(index: int) -> str:

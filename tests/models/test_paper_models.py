@@ -29,6 +29,8 @@ def test_sizes_are_the_catalogs(name: str, shape: tuple[int, int, int], classes:
     module = make(name, shape, classes, "relu")
     info = MODELS[name]
     assert sum(p.numel() for p in module.parameters()) == info.parameters(shape, classes)
+    floats = [buffer.numel() for buffer in module.buffers() if buffer.is_floating_point()]
+    assert sum(floats) == info.buffers
     assert module.get_submodule("classifier").in_features == info.features(shape)
     assert module(torch.zeros(2, *shape)).shape == (2, classes)
 

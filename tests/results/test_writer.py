@@ -28,6 +28,7 @@ from testbed.results.writer import (
     RankHeader,
     ResultsWriter,
     ScenarioHeader,
+    _chunks,
     check_output,
     partial_path,
 )
@@ -634,3 +635,20 @@ def test_xarray_opens_every_group_with_named_axes(tmp_path: Path) -> None:
         assert dataset["committed_rounds"].dims == ("scenario",)
     with xarray.open_dataset(path, engine="h5netcdf", group="ranks") as dataset:
         assert dataset["host"].dims == ("rank",)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((1000, 1, 10), (409, 1, 10)),  # many small rounds
+        ((5, 1, 10), (5, 1, 10)),  # never longer than the array
+        ((1000,), (1000,)),
+        ((9000,), (4096,)),
+        ((50, 1000, 10), (1, 1000, 10)),  # a round of many clients
+        ((50, 100_000, 100, 768), (1, 54, 100, 768)),  # 30 GB a round: some clients of it
+    ],
+)
+def test_chunks_hold_many_small_rounds_or_some_clients_of_a_large_one(
+    shape: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    assert _chunks(shape, 4) == expected
