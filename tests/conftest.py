@@ -30,7 +30,20 @@ def data_root() -> Path:
     return root
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests that are about a GPU where there is none; the summary says how many."""
+    about_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not about_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        items[:] = [item for item in items if item not in about_gpu]
+        config.hook.pytest_deselected(items=about_gpu)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: only where PyTorch sees a GPU; left out elsewhere")
     if os.environ.get("CI"):
         config.pluginmanager.register(_SkipsFail(), "skips-fail")
 

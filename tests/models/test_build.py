@@ -228,7 +228,7 @@ def test_a_missing_name_in_a_large_library_lists_only_the_nearest() -> None:
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_gets_the_same_bits_and_keeps_its_random_state() -> None:
     state = torch.cuda.get_rng_state()
     expected = flat(make())
