@@ -26,12 +26,17 @@ class ClientWorker:
         self._model = setup.model
         self._samples = setup.samples
         self._sampler = Sampler(setup.samples.labels, setup.parts.victim, setup.layout.classes)
-        self._global = torch.empty_like(setup.model.state)
+        self._buffers = torch.empty_like(setup.model.buffers)
+        self._on_gpu = setup.samples.device.type == "cuda"
+        # Where the gradient is made before it leaves the GPU; on the CPU, it is made in place.
+        self._gradient = torch.empty(
+            setup.layout.parameters if self._on_gpu else 0, device=setup.samples.device
+        )
 
     def load(self, model: NDArray[np.float32]) -> None:
         """Take over the global model of a round."""
-        self._global.copy_(torch.from_numpy(model))
-        self._model.load(self._global)
+        self._model.load(torch.from_numpy(model))
+        self._buffers.copy_(self._model.buffers)
 
     def draw(self, task: Task) -> NDArray[np.int64]:
         """Return the samples of a client's batch, as indices into the data set."""
@@ -44,30 +49,42 @@ class ClientWorker:
         rng = stream(scenario.seed, Purpose.BATCH, *self._plan.key(Purpose.BATCH, task))
         return self._sampler.draw(distribution, scenario.federation.batch_size, rng, skew)
 
+    def _seed(self, seed: int) -> None:
+        """Seed what dropout and the like draw from."""
+        # `torch.manual_seed` also visits every kind of device there is, which takes longer than a
+        # small model's forward pass.
+        torch.default_generator.manual_seed(seed)
+        if self._on_gpu:
+            torch.cuda.manual_seed(seed)
+
     def work(self, task: Task, message: Message) -> None:
         """Compute a client's update at the loaded model into a message."""
         started = time.perf_counter()
         model, split = self._model, self._model.layout.parameters
         indices = self.draw(task)
         # The client before this one left its buffers behind; the parameters do not change.
-        model.load_buffers(self._global)
-        key = self._plan.key(Purpose.LOCAL, task)
-        torch.manual_seed(seed64(self._plan.scenario.seed, Purpose.LOCAL, *key))
-        model.module.train()
+        model.load_buffers(self._buffers)
+        self._seed(
+            seed64(self._plan.scenario.seed, Purpose.LOCAL, *self._plan.key(Purpose.LOCAL, task))
+        )
+        if not model.module.training:
+            model.module.train()
         logits = model.module(self._samples.inputs(indices))
         loss = torch.nn.functional.cross_entropy(logits, self._samples.targets(indices))
-        model.backward(loss)
-
         payload = torch.from_numpy(message.payload)
-        payload[:split].copy_(model.gradient, non_blocking=True)
-        payload[split:].copy_(model.state[split:], non_blocking=True)
+        if self._on_gpu:
+            model.gradient(loss, self._gradient)
+            payload[:split].copy_(self._gradient, non_blocking=True)
+        else:
+            model.gradient(loss, payload[:split])
+        payload[split:].copy_(model.buffers, non_blocking=True)
         posterior = torch.softmax(logits.detach(), dim=1).mean(dim=0)
         message.posterior[:] = posterior.cpu().numpy()
         message.counts[:] = np.bincount(
             self._samples.labels[indices], minlength=model.layout.classes
         )
         final_loss = float(loss.detach())
-        if self._samples.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.current_stream().synchronize()
         header = message.header
         header["scenario"], header["round"], header["client"] = (

@@ -11,6 +11,8 @@ from typing import Any
 from testbed.experiment import ResolvedExperiment, Scenario
 from testbed.seeds import Purpose
 
+# A model that takes at most this much for all workers together is sent to each of them.
+_DIRECT_BYTES = 1 << 22
 # Models of one scenario that are under way to clients at once take at most this much memory.
 _MODELS_IN_FLIGHT_BYTES = 1 << 30
 
@@ -107,9 +109,14 @@ class ScenarioPlan:
         start = self.worker(first, workers)
         return sorted((start + client) % workers for client in range(self.clients))
 
-    def broadcasts(self, workers: int) -> bool:
-        """Return whether every worker needs every model, so that one broadcast serves them."""
-        return not self.fresh_model and self.clients >= workers
+    def broadcasts(self, workers: int, model_bytes: int) -> bool:
+        """Return whether a round's model goes to all workers at once, rather than one by one.
+
+        A broadcast hands a model on from rank to rank, which is the faster the larger the model
+        and the more workers there are; a little data to few is there sooner without detours.
+        """
+        everyone = not self.fresh_model and self.clients >= workers
+        return everyone and workers * model_bytes > _DIRECT_BYTES
 
     def in_flight(self, workers: int, model_bytes: int) -> int:
         """Return how many rounds may be under way at once.

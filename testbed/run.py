@@ -163,9 +163,10 @@ class _Run:
             with Progress(experiment.title, total, self._options.progress) as progress:
                 for plan in self._plans:
                     setup = setups.make(plan)
-                    # Where the root is alone, it works on a module of its own, so that the
-                    # attacks do not touch a client's.
-                    worker = self._worker(plan, setups.make(plan, copy=True))
+                    worker = None
+                    if transport.size == 1:
+                        # On a module of its own: the attacks must not touch a client's.
+                        worker = self._worker(plan, setups.make(plan, copy=True))
                     with transport.open(
                         plan, setup.layout, worker, buffers=experiment.compute.receive_buffers
                     ) as downlink:

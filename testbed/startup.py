@@ -120,13 +120,13 @@ class Setups:
                 "federation.evaluate_every: there is no test part to evaluate on: "
                 "set data.test_fraction above 0, or evaluate_every to 0"
             )
-        model, initial = self._model(scenario, dataset, copy=copy)
+        model, buffers = self._model(scenario, dataset, copy=copy)
 
         def initialise(state: torch.Tensor, key: tuple[int, ...]) -> None:
             seed = seed64(scenario.seed, Purpose.MODEL, *key)
             if scenario.model.init == "uniform":
-                state.copy_(initial)
                 initialise_uniform(state[: model.layout.parameters], seed)
+                state[model.layout.parameters :].copy_(buffers)
             else:
                 state.copy_(_flat(scenario.model, dataset, seed, torch.device("cpu")).state)
 
@@ -154,9 +154,9 @@ class Setups:
         key = (scenario.model, scenario.data.name, scenario.data.root)
         if copy not in self._models or self._models[copy][0] != key:
             model = _flat(scenario.model, dataset, 0, self._device)
-            self._models[copy] = (key, model, model.state.cpu().clone())
-        _, model, initial = self._models[copy]
-        return model, initial
+            self._models[copy] = (key, model, model.buffers.cpu().clone())
+        _, model, buffers = self._models[copy]
+        return model, buffers
 
 
 def _flat(section: ModelSection, dataset: Dataset, seed: int, device: torch.device) -> FlatModel:

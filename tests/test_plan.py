@@ -70,14 +70,16 @@ def test_a_model_goes_to_the_workers_that_have_a_task_in_its_round(
         assert [worker for worker in range(workers) if round_ in shares[worker]] == owners
 
 
-@given(PLANS, WORKERS)
+@given(PLANS, WORKERS, st.integers(1, 10**9))
 def test_a_broadcast_reaches_only_workers_that_wait_for_it(
-    plan: ScenarioPlan, workers: int
+    plan: ScenarioPlan, workers: int, model_bytes: int
 ) -> None:
     everyone = all(
         plan.needed_by(round_, workers) == list(range(workers)) for round_ in range(plan.rounds)
     )
-    assert plan.broadcasts(workers) == (everyone and not plan.fresh_model)
+    large = workers * model_bytes > 4 * 2**20
+    expected = everyone and large and not plan.fresh_model
+    assert plan.broadcasts(workers, model_bytes) == expected
 
 
 @given(TRAINING, WORKERS)

@@ -5,7 +5,8 @@ import pytest
 from launching import assert_same_results, result_arrays, run_testbed, write_experiment
 
 # What ranks could confuse: repetitions that overtake each other, more and fewer clients than
-# ranks, running statistics, several scenarios, rounds without attacks, a batch of one.
+# ranks, running statistics, several scenarios, rounds without attacks; in `training`, models that
+# are small enough to be sent to each worker (cnn), and at five ranks too large for it (fcnn).
 EXPERIMENTS = {
     "probe": {
         "federation": {"rounds": 8, "clients": 1, "fresh_model": True, "batch_size": 8},

@@ -94,7 +94,7 @@ class GlobalModel:
             for norm in self._norms:
                 norm.train()
             posterior, features = self._model.outputs(batches())
-            self._model.load_buffers(self._state)
+            self._model.load_buffers(self._state[self._model.layout.parameters :])
             self._outputs[key] = Outputs(posterior, features, labels)
         return self._outputs[key]
 

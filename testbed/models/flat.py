@@ -15,8 +15,8 @@ from testbed.update import UpdateLayout
 class FlatModel:
     """A module bound to flat float32 tensors, so that a model or an update is one copy.
 
-    The module's parameters and float buffers become views of `state`, its gradients views of
-    `gradient`: loading a model writes one tensor, and a backward pass leaves the gradient flat.
+    The module's parameters and float buffers become views of `state`, so that loading a model
+    writes one tensor; gradients are written into one.
 
     Attributes
     ----------
@@ -26,8 +26,6 @@ class FlatModel:
         Where parameters, buffers and the last layer lie.
     state
         float32 [parameters + buffers]: parameters, then float buffers (BatchNorm's statistics).
-    gradient
-        float32 [parameters].
     """
 
     def __init__(
@@ -57,43 +55,61 @@ class FlatModel:
             bias=None if last_layer.bias is None else offsets[last_layer.bias],
         )
         self.state = torch.empty(self.layout.size, device=device)
-        self.gradient = torch.zeros(length, device=device)
         with torch.no_grad():
             for name, tensor in (parameters | floats).items():
                 place = slice(offsets[name], offsets[name] + sizes[name])
                 view = self.state[place].view(tensor.shape)
                 view.copy_(tensor)
                 tensor.data = view
-                if name in parameters:
-                    tensor.grad = self.gradient[place].view(tensor.shape)
         # Counters (BatchNorm's number of batches) would remember which clients a rank served.
         self._counters = [
             (buffer, buffer.clone())
             for buffer in module.buffers()
             if not buffer.is_floating_point()
         ]
-        self._grads = [(p, p.grad) for p in parameters.values()]
+        self._trained = [p for p in parameters.values() if p.requires_grad]
+        # A frozen parameter has its place in an update, and no gradient.
+        self._zeros = {
+            place: torch.zeros(parameter.numel(), device=device)
+            for place, parameter in enumerate(parameters.values())
+            if not parameter.requires_grad
+        }
 
     def load(self, state: torch.Tensor) -> None:
         """Set parameters and buffers from a flat tensor [parameters + buffers]."""
         self.state.copy_(state)
         self._reset_counters()
 
-    def load_buffers(self, state: torch.Tensor) -> None:
-        """Set the buffers alone; parameters stay as they are."""
-        start = self.layout.parameters
-        self.state[start:].copy_(state[start:])
+    @property
+    def buffers(self) -> torch.Tensor:
+        """The float buffers, [buffers], a view of `state`."""
+        return self.state[self.layout.parameters :]
+
+    def load_buffers(self, buffers: torch.Tensor) -> None:
+        """Set the buffers alone, from a flat tensor [buffers]; parameters stay as they are."""
+        self.buffers.copy_(buffers)
         self._reset_counters()
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Compute the gradient of a loss into `gradient`, which it overwrites."""
-        self.gradient.zero_()
-        for parameter, view in self._grads:
-            parameter.grad = view
-        loss.backward()  # type: ignore[no-untyped-call]
-        for parameter, view in self._grads:
-            if parameter.grad is not view:
-                raise RuntimeError("autograd replaced a gradient instead of adding to it")
+    def gradient(self, loss: torch.Tensor, out: torch.Tensor) -> None:
+        """Compute the gradient of a loss.
+
+        Parameters
+        ----------
+        loss
+            A scalar that the module's parameters led to.
+        out
+            float32 [parameters], on the model's device: receives the gradient, zero where a
+            parameter has no part in the loss.
+        """
+        computed = iter(
+            torch.autograd.grad(loss, self._trained, allow_unused=True, materialize_grads=True)
+        )
+        total = len(self._trained) + len(self._zeros)
+        parts = [
+            self._zeros[place] if place in self._zeros else next(computed).reshape(-1)
+            for place in range(total)
+        ]
+        torch.cat(parts, out=out)
 
     @torch.no_grad()
     def outputs(

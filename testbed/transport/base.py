@@ -109,12 +109,12 @@ class Transport(ABC):
 
     @abstractmethod
     def open(
-        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker, *, buffers: int
+        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker | None, *, buffers: int
     ) -> Downlink:
         """Begin a scenario on the root.
 
-        ``worker`` computes where the root is the only rank; ``buffers`` bounds the updates that
-        the root holds at once.
+        ``worker`` computes where the root is the only rank, and is None elsewhere; ``buffers``
+        bounds the updates that the root holds at once.
         """
 
     @abstractmethod

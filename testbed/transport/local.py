@@ -47,8 +47,10 @@ class LocalTransport(Transport):
 
     @override
     def open(
-        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker, *, buffers: int
+        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker | None, *, buffers: int
     ) -> Downlink:
+        if worker is None:
+            raise ValueError("the only rank of a run needs a worker")
         return _LocalDownlink(Message(layout, self.allocate), worker)
 
     @override

@@ -129,13 +129,13 @@ class MPITransport(Transport):
             _wait(send)
 
     def _expect_model(self, plan: ScenarioPlan, buffer: NDArray[np.float32]) -> MPI.Request:
-        if plan.broadcasts(self.workers):
+        if plan.broadcasts(self.workers, buffer.nbytes):
             return self._comm.Ibcast(buffer, root=0)
         return self._comm.Irecv(buffer, source=0, tag=_MODEL)
 
     @override
     def open(
-        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker, *, buffers: int
+        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker | None, *, buffers: int
     ) -> Downlink:
         _check_size(layout)
         messages = [
@@ -166,16 +166,20 @@ class _MPIDownlink(Downlink):
 
     @override
     def publish(self, round_: int, model: NDArray[np.float32]) -> None:
-        if self._plan.broadcasts(self._workers):
-            # Complete before the root turns to the attacks: without its help no large message
-            # would move on.
-            _wait(self._comm.Ibcast(model, root=0))
+        if self._plan.broadcasts(self._workers, model.nbytes):
+            requests = [self._comm.Ibcast(model, root=0)]
+        else:
+            requests = [
+                self._comm.Isend(model, dest=1 + worker, tag=_MODEL)
+                for worker in self._plan.needed_by(round_, self._workers)
+            ]
+        if self._plan.fresh_model:
+            self._models.append((round_, requests))
             return
-        requests = [
-            self._comm.Isend(model, dest=1 + worker, tag=_MODEL)
-            for worker in self._plan.needed_by(round_, self._workers)
-        ]
-        self._models.append((round_, requests))
+        # In training the workers wait for the model. It has to leave before the root turns to the
+        # attacks: without its help no large message would move on.
+        for request in requests:
+            _wait(request)
 
     @override
     def receive(self, task: Task) -> Message:
@@ -241,5 +245,5 @@ def _wait(request: MPI.Request) -> None:
             os.sched_yield()
 
 
-_SPINS = 200
+_SPINS = 20
 _NAP = 50e-6

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import threadpoolctl
 import torch
 
 from testbed.errors import UserError
@@ -50,6 +51,8 @@ def place(preference: str, *, host: str, local_rank: int, threads: int) -> Place
         ``cuda`` is asked for and no GPU is visible.
     """
     torch.set_num_threads(threads)
+    # NumPy's, which would take all cores of the host on every rank.
+    threadpoolctl.threadpool_limits(threads)
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if preference == "cuda" and not available:
         reason = "no GPU is visible" if torch.version.cuda else "this PyTorch is built without CUDA"

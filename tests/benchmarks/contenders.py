@@ -128,7 +128,8 @@ def testbed(task: dict[str, Any], marks: Marks) -> None:
     """Run the rounds in the testbed.
 
     A round is over when the writer has taken it. This is noted in a writer derived from the
-    testbed's: the timings in the results file leave out the writer's own time.
+    testbed's, so that all contenders go by the same clock, with nothing of a round left out: the
+    phases in the results file are what the testbed itself thinks to time.
     """
     import h5py
 

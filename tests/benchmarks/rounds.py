@@ -29,11 +29,13 @@ from pathlib import Path
 
 from measure import Result, cores, facts, run_contender
 
+from testbed.results.schema import PHASES
+
 ATTACKS = ("random", "llg", "llg_star", "llg_plus")
 # Of the warm-up and of what counts.
 ROUNDS = {"cnn": (20, 200), "mlp": (2, 8)}
 QUICK_ROUNDS = {"cnn": (10, 60), "mlp": (1, 3)}
-PHASES = ("publish", "wait", "aggregate", "attack", "client_seconds")
+COLUMNS = (*(phase for phase in PHASES if phase != "evaluate"), "client_seconds")
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,10 @@ def report(model: str, results: dict[Contender, list[Result]]) -> str:
         line += f"{statistics.median(map(_cpu, found)):>15.1f}"
         line += _ratio(found, loop, _cpu, 8) + _ratio(found, mpi, _cpu, 7)
         lines.append(line + f"{statistics.median(result.pss_mb for result in found):>10.0f}")
-    lines += ["", f"{'ms per round':<28}" + "".join(f"{phase:>15}" for phase in PHASES)]
+    lines += ["", f"{'ms per round':<28}" + "".join(f"{name:>15}" for name in COLUMNS)]
     for contender, found in results.items():
         if contender.program == "testbed":
-            phases = [[result.phases[name] for result in found] for name in PHASES]
+            phases = [[result.phases[name] for result in found] for name in COLUMNS]
             lines.append(
                 f"{contender!s:<28}" + "".join(f"{statistics.median(v):>15.2f}" for v in phases)
             )
