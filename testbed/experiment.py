@@ -63,11 +63,18 @@ class LabelsSection(_Section):
 
 
 class ModelSection(_Section):
-    """The global model: one of the paper's, or ``package.module:callable`` with arguments."""
+    """The global model: one of the paper's, or ``package.module:callable`` with arguments.
+
+    Attributes
+    ----------
+    init
+        ``uniform``, the paper's; ``torch``, the module's own weights; or None, see
+        `initialisation`.
+    """
 
     name: str
     activation: str | None = None
-    init: Literal["uniform", "torch"] = "uniform"
+    init: Literal["uniform", "torch"] | None = None
     last_layer: str | None = None
     arguments: dict[str, Any] = {}
 
@@ -84,6 +91,11 @@ class ModelSection(_Section):
         if activation is not None and activation not in ACTIVATIONS:
             raise ValueError(suggest(activation, ACTIVATIONS))
         return activation
+
+    @property
+    def initialisation(self) -> str:
+        """Where nothing is said, built-in models start as in the paper, and yours as they are."""
+        return self.init or ("torch" if ":" in self.name else "uniform")
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> "ModelSection":

@@ -13,6 +13,7 @@ T = TypeVar("T")
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 @dataclass
@@ -76,9 +77,11 @@ def guarded(transport: Transport, position: Position, body: Callable[[], None]) 
             status = EXIT_USER_ERROR
         else:
             what = f"failed with {type(error).__name__}: {error}"
+            report = "".join(traceback.format_exception(error))
             if isinstance(error, SystemExit):
                 what = f"left early, by sys.exit({error.code!r})"
-            report = "".join(traceback.format_exception(error))
+            elif isinstance(error, KeyboardInterrupt):
+                what, report, status = "interrupted", "", EXIT_INTERRUPTED
             print(f"{report}error: {who}: {what}", file=sys.stderr, flush=True)
         transport.abort(status)
         return status

@@ -14,7 +14,7 @@ from testbed.failure import Position, agree, guarded
 from testbed.plan import ScenarioPlan, Task, make_plan
 from testbed.progress import Progress
 from testbed.results.provenance import provenance
-from testbed.results.schema import scenario_arrays
+from testbed.results.schema import scenario_arrays, used_lengths
 from testbed.results.writer import (
     AttackHeader,
     RankHeader,
@@ -201,21 +201,31 @@ def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:
     setup = setups.make(plan)
     layout = setup.layout
     attacks = setup.attacks
-    lengths = {"round": plan.rounds, "client": plan.clients, "class": layout.classes}
-    if plan.keeps_weights:
-        lengths["feature"] = layout.features
+    arrays = scenario_arrays(
+        bias=layout.bias is not None,
+        weight=plan.keeps_weights,
+        calibrations={label: attack.calibration_arrays for label, attack in attacks.items()},
+    )
+    lengths = used_lengths(
+        arrays,
+        {
+            "round": plan.rounds,
+            "client": plan.clients,
+            "class": layout.classes,
+            "feature": layout.features,
+        },
+    )
     return ScenarioHeader(
         swept=plan.swept,
-        parameters=_flatten(plan.scenario.model_dump(mode="json")),
+        parameters={
+            **_flatten(plan.scenario.model_dump(mode="json")),
+            "model.init": plan.scenario.model.initialisation,
+        },
         model_parameters=layout.parameters,
         model_buffers=layout.buffers,
         last_layer=setup.model.last_layer.name,
         lengths=lengths,
-        arrays=scenario_arrays(
-            bias=layout.bias is not None,
-            weight=plan.keeps_weights,
-            calibrations={label: attack.calibration_arrays for label, attack in attacks.items()},
-        ),
+        arrays=arrays,
         attacks={
             label: AttackHeader(
                 name=attack.name,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from testbed.attacks.adversary import GlobalModel, RestrictedAdversary
 from testbed.attacks.base import Attack, Observations
+from testbed.attacks.checks import check_calibration, check_counts
 from testbed.failure import Position
 from testbed.plan import ScenarioPlan, Task
 from testbed.results.schema import PHASES
@@ -211,6 +212,10 @@ class ScenarioServer:
             labels=np.full(len(seen), self._plan.labels_per_update),
             keys=seen,
         )
+        # Every attack is given the same arrays; none may change what the next one sees.
+        for array in vars(observations).values():
+            if isinstance(array, np.ndarray):
+                array.flags.writeable = False
         seed = self._plan.scenario.seed
         with record.clock.phase("attack"):
             self._adversary.enter(self._slot(number), seed, (self._plan.index, number))
@@ -227,11 +232,14 @@ class ScenarioServer:
         batch_size = self._plan.scenario.federation.batch_size
         adversary = RestrictedAdversary(self._adversary, attack.knowledge, batch_size, seed)
         calibration = attack.calibrate(adversary)
+        check_calibration(label, attack, calibration)
         counts = np.full(record.counts.shape, -1, np.int32)
         rows = max(1, _CHUNK // self._layout.classes)
         for start in range(0, len(observations.keys), rows):
             part = observations.rows(slice(start, start + rows))
-            counts[part.keys] = attack.infer(part, calibration).counts
+            inferred = attack.infer(part, calibration).counts
+            check_counts(label, inferred, part)
+            counts[part.keys] = inferred
         answer: dict[str, Any] = {f"attacks/{label}/counts": counts}
         for array, values in calibration.items():
             answer[f"attacks/{label}/calibration/{array}"] = values[0]

@@ -13,7 +13,7 @@ from testbed.data import Dataset, Parts, load, split
 from testbed.errors import UserError
 from testbed.experiment import ModelSection, Scenario
 from testbed.models.build import build, initialise_uniform
-from testbed.models.flat import FlatModel
+from testbed.models.flat import FlatModel, flat_state
 from testbed.models.last_layer import find_last_layer
 from testbed.plan import ScenarioPlan
 from testbed.samples import Samples
@@ -124,11 +124,11 @@ class Setups:
 
         def initialise(state: torch.Tensor, key: tuple[int, ...]) -> None:
             seed = seed64(scenario.seed, Purpose.MODEL, *key)
-            if scenario.model.init == "uniform":
+            if scenario.model.initialisation == "uniform":
                 initialise_uniform(state[: model.layout.parameters], seed)
                 state[model.layout.parameters :].copy_(buffers)
             else:
-                state.copy_(_flat(scenario.model, dataset, seed, torch.device("cpu")).state)
+                state.copy_(flat_state(_build(scenario.model, dataset, seed)))
 
         attacks = {section.label: section.make() for section in scenario.attacks}
         return ScenarioSetup(samples, parts, model, attacks, initialise)
@@ -160,14 +160,18 @@ class Setups:
 
 
 def _flat(section: ModelSection, dataset: Dataset, seed: int, device: torch.device) -> FlatModel:
-    module = build(
+    module = _build(section, dataset, seed)
+    last = find_last_layer(module, dataset.shape, dataset.classes, section.last_layer)
+    return FlatModel(module, last, device)
+
+
+def _build(section: ModelSection, dataset: Dataset, seed: int) -> torch.nn.Module:
+    return build(
         section.name,
         shape=dataset.shape,
         classes=dataset.classes,
         activation=section.activation,
         arguments=section.arguments,
-        init=section.init,
+        init=section.initialisation,
         seed=seed,
     )
-    last = find_last_layer(module, dataset.shape, dataset.classes, section.last_layer)
-    return FlatModel(module, last, device)

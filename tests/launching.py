@@ -31,13 +31,17 @@ class Finished:
 
 def environment():
     """Return an environment in which mpirun starts any number of ranks, as root too."""
+    # Threads are the testbed's own affair: whatever a user has set, or has not.
+    inherited = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
     return {
-        **os.environ,
+        **inherited,
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":OVERSUBSCRIBE",
         "PRTE_MCA_hwloc_default_binding_policy": "none",
-        "OMP_NUM_THREADS": "1",
+        # The same for Open MPI 4.
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "OMPI_MCA_hwloc_base_binding_policy": "none",
     }
 
 

@@ -45,7 +45,10 @@ def test_defaults() -> None:
     assert experiment.data.auxiliary_per_class == 20
     assert experiment.data.test_fraction == 0.2
     assert experiment.labels.distribution == "balanced"
-    assert experiment.model.init == "uniform"
+    assert experiment.model.init is None
+    assert experiment.model.initialisation == "uniform"
+    own = parse(TEXT, "model.name='mine:Model'").experiment.model
+    assert own.initialisation == "torch"
     assert experiment.federation.learning_rate == 0.1
     assert experiment.federation.attack_every == 1
     assert experiment.federation.evaluate_every == 0

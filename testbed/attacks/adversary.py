@@ -1,7 +1,6 @@
 """The server as an adversary: runs the global model on inputs of its own, for the calibrations."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -95,7 +94,12 @@ class GlobalModel:
                 norm.train()
             posterior, features = self._model.outputs(batches())
             self._model.load_buffers(self._state[self._model.layout.parameters :])
-            self._outputs[key] = Outputs(posterior, features, labels)
+            outputs = Outputs(posterior, features, labels)
+            # They are handed to several attacks.
+            for array in vars(outputs).values():
+                if array is not None:
+                    array.flags.writeable = False
+            self._outputs[key] = outputs
         return self._outputs[key]
 
     def _dummy(self, kind: str, samples: int) -> torch.Tensor:
@@ -113,33 +117,45 @@ class GlobalModel:
             yield self._samples.inputs(self._auxiliary[start : start + per_batch])
 
 
-@dataclass(frozen=True)
 class RestrictedAdversary:
-    """A global model behind what an attack declared to know."""
+    """A global model behind what an attack declared to know.
 
-    model: GlobalModel
-    knowledge: Knowledge
-    batch_size: int
-    seed: int
+    Parameters
+    ----------
+    model
+        Of the round.
+    knowledge
+        What the attack declares.
+    batch_size, seed
+        See `testbed.attacks.Adversary`.
+    """
+
+    def __init__(
+        self, model: GlobalModel, knowledge: Knowledge, batch_size: int, seed: int
+    ) -> None:
+        self._model = model
+        self._knowledge = knowledge
+        self.batch_size = batch_size
+        self.seed = seed
 
     @property
     def classes(self) -> int:
         """Number of classes."""
-        return self.model.classes
+        return self._model.classes
 
     def on_dummy(self, kind: str, samples: int) -> Outputs:
         """Return the model's outputs on dummy inputs."""
         self._require(Knowledge.MODEL)
-        return self.model.on_dummy(kind, samples)
+        return self._model.on_dummy(kind, samples)
 
     def on_auxiliary(self) -> Outputs:
         """Return the model's outputs on the auxiliary samples."""
         self._require(Knowledge.AUXILIARY)
-        return self.model.on_auxiliary()
+        return self._model.on_auxiliary()
 
     def _require(self, needed: Knowledge) -> None:
-        if not self.knowledge.includes(needed):
+        if not self._knowledge.includes(needed):
             raise PermissionError(
-                f"the attack declares knowledge of {self.knowledge.value!r} and asks for "
+                f"the attack declares knowledge of {self._knowledge.value!r} and asks for "
                 f"{needed.value!r}: declare what it uses"
             )

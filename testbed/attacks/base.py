@@ -107,19 +107,22 @@ class Outputs:
 
 
 class Adversary(Protocol):
-    """What `calibrate` may use. Asking for more than the declared knowledge raises."""
+    """What `calibrate` may use. Asking for more than the declared knowledge raises.
+
+    Attributes
+    ----------
+    batch_size
+        Number of samples in a client's batch, B.
+    seed
+        An unsigned 64-bit seed of this attack in this round.
+    """
+
+    batch_size: int
+    seed: int
 
     @property
     def classes(self) -> int:
         """Number of classes, C."""
-
-    @property
-    def batch_size(self) -> int:
-        """Number of samples in a client's batch, B."""
-
-    @property
-    def seed(self) -> int:
-        """An unsigned 64-bit seed of this attack in this round."""
 
     def on_dummy(self, kind: str, samples: int) -> Outputs:
         """Run the global model on dummy inputs: ``zeros``, ``ones``, or ``random`` in [0, 1)."""

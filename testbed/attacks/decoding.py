@@ -47,13 +47,14 @@ def decode(row_sums: Array, impact: Array, offset: Array, labels: Array) -> Arra
     counts = xp.astype(taken, xp.int64)
     left = total - xp.sum(counts, axis=1, keepdims=True)
 
+    filled = _fill(value, step, left, total)
+    if bool(xp.all(step > 0)):
+        return counts + filled
     order = _ranks(value)
     classes = value.shape[1]
     spread = left // classes + xp.astype(order < left % classes, xp.int64)
     smallest = xp.where(order == 0, left, xp.zeros_like(left))
-    filled = _fill(value, step, left, total)
-    second = xp.where(step > 0, filled, xp.where(step < 0, smallest, spread))
-    return counts + second
+    return counts + xp.where(step > 0, filled, xp.where(step < 0, smallest, spread))
 
 
 def _fill(value: Array, step: Array, left: Array, total: Array) -> Array:

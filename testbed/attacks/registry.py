@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import pydantic
 
 from testbed.attacks.base import Attack
+from testbed.attacks.checks import check_declaration
 from testbed.errors import UserError, suggest
 
 _ATTACKS: dict[str, type[Attack]] = {}
@@ -72,8 +73,10 @@ def _import_attack(path: str) -> type[Attack]:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"attack {path!r} cannot be imported: {error}") from None
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"attack {path!r} cannot be imported: {reason}") from None
     if not (isinstance(found, type) and issubclass(found, Attack)):
         raise UserError(f"attack {path!r} is no subclass of testbed.attacks.Attack")
+    check_declaration(path, found)
     return found

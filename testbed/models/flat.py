@@ -12,6 +12,12 @@ from testbed.models.last_layer import LastLayer
 from testbed.update import UpdateLayout
 
 
+def flat_state(module: torch.nn.Module) -> torch.Tensor:
+    """Return a module's values as `FlatModel.state` has them, float32 [parameters + buffers]."""
+    buffers = (buffer for buffer in module.buffers() if buffer.is_floating_point())
+    return torch.cat([tensor.detach().reshape(-1) for tensor in (*module.parameters(), *buffers)])
+
+
 class FlatModel:
     """A module bound to flat float32 tensors, so that a model or an update is one copy.
 

@@ -32,7 +32,7 @@ def provenance(title: str, experiment: str, mpi_library: str) -> dict[str, str]:
     versions |= {package: version for package in _PACKAGES if (version := _version(package))}
     return {
         "title": title,
-        "created": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "software": "label-leakage-testbed",
         "software_version": testbed.__version__,
         "dependencies": json.dumps(versions),

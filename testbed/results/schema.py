@@ -89,6 +89,12 @@ def scenario_arrays(
     return arrays
 
 
+def used_lengths(arrays: Mapping[str, ArraySpec], lengths: Mapping[str, int]) -> dict[str, int]:
+    """Return the lengths of those axes that some array has."""
+    used = {axis for spec in arrays.values() for axis in spec.axes}
+    return {axis: length for axis, length in lengths.items() if axis in used}
+
+
 def uncompressed_bytes(arrays: Mapping[str, ArraySpec], lengths: Mapping[str, int]) -> int:
     """Return what a scenario takes in the file at most: its arrays without compression.
 

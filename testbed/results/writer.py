@@ -5,7 +5,11 @@ so that the file on disk is consistent at every moment. `committed_rounds` is wr
 counts is there.
 """
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,14 +80,23 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{path}: the folder {path.parent} does not exist: create it first")
     if path.is_dir():
         raise UserError(f"{path}: this is a folder, expected the name of a results file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: the folder {path.parent} cannot be written to")
+    partial = partial_path(path)
+    if partial.is_dir():
+        raise UserError(f"{partial}: this is a folder: choose another name for the results")
+    if partial.exists():
+        with partial.open("r+b") as file:
+            if not _hold(file.fileno()):
+                raise UserError(f"{partial}: a run is writing this file: choose another name")
     if overwrite:
         return
     if path.exists():
         raise UserError(f"{path}: the file exists: choose another name, or pass --overwrite")
-    if partial_path(path).exists():
+    if partial.exists():
         raise UserError(
-            f"{partial_path(path)}: the file exists: a run is writing it, or was killed while it "
-            "did; choose another name, or pass --overwrite to discard its rounds"
+            f"{partial}: the file exists: it was left by a run that was stopped; choose another "
+            "name, or pass --overwrite to discard its rounds"
         )
 
 
@@ -121,18 +134,22 @@ class ResultsWriter:
         self._pending: list[tuple[int, int, Rows]] = []
         self._pending_bytes = 0
         self._next = [0] * len(scenarios)
-        try:
-            # libver: files that HDF5 2 writes as `latest` cannot be read by 1.14.
-            self._file = h5py.File(
-                partial_path(path), "w" if overwrite else "x", libver=("v110", "v110")
-            )
-        except OSError as error:
-            raise UserError(
-                f"{partial_path(path)}: cannot create the results file: {error}"
-            ) from None
         self._attributes, self._ranks = attributes, ranks
+        partial = partial_path(path)
+        # A file whose writer dies before SWMR begins cannot be read: it gets its name afterwards.
+        unborn = path.with_name(path.name + ".creating")
+        try:
+            unborn.unlink(missing_ok=True)
+            # libver: files that HDF5 2 writes as `latest` cannot be read by 1.14.
+            self._file = h5py.File(unborn, "x", libver=("v110", "v110"))
+        except OSError as error:
+            raise UserError(f"{unborn}: cannot create the results file: {error}") from None
         self._declare(self._file)
         self._file.swmr_mode = True
+        self._lock = unborn.open("r+b")
+        _hold(self._lock.fileno())
+        check_output(path, overwrite=overwrite)  # again: a run may have begun meanwhile
+        unborn.replace(partial)
         self._committed_at = time.monotonic()
 
     def append(self, scenario: int, round_: int, rows: Rows) -> None:
@@ -178,6 +195,7 @@ class ResultsWriter:
         reuse space. Where that is much, the file is first copied into a compact one.
         """
         self.commit()
+        self._lock.close()
         partial = partial_path(self.path)
         stored = sum(dataset.id.get_storage_size() for dataset in _datasets(self._file))
         wasted = partial.stat().st_size > 1.25 * stored + _OVERHEAD * len(_datasets(self._file))
@@ -194,9 +212,16 @@ class ResultsWriter:
         partial.unlink()
 
     def close(self) -> None:
-        """Close an incomplete file, which keeps its name; nothing happens after `complete`."""
+        """Close an incomplete file, which keeps its name; nothing happens after `complete`.
+
+        Rounds that have been appended are committed, if that is still possible.
+        """
         if self._file:
+            # What ended the run is what the user has to hear of.
+            with contextlib.suppress(Exception):
+                self.commit()
             self._file.close()
+        self._lock.close()
 
     def _write(self, scenario: int, block: Sequence[tuple[int, Rows]]) -> None:
         first, last = block[0][0], block[-1][0]
@@ -309,6 +334,19 @@ def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
         return (min(shape[0], max(1, _CHUNK_BYTES // row)), *shape[1:])
     client = row // shape[1]
     return (1, min(shape[1], max(1, _MOST_CHUNK_BYTES // client)), *shape[2:])
+
+
+def _hold(descriptor: int) -> bool:
+    """Lock a file for this process until it is closed; return whether no other one holds it.
+
+    A POSIX lock, which also works between the nodes of a cluster, and does not meet the locks of
+    HDF5 itself, which are of the other kind.
+    """
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def _scenario_name(index: int) -> str:

@@ -34,8 +34,11 @@ def check_world(environment: Mapping[str, str], size: int) -> None:
     """
     if size > 1:
         return
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
+    # mpirun starts its daemons by srun, so that its ranks may be in a step of several tasks.
+    by_srun = tasks.isdigit() and int(tasks) > 1 and "OMPI_COMM_WORLD_SIZE" not in environment
     started = environment.get("OMPI_COMM_WORLD_SIZE") or environment.get("PMI_SIZE")
-    if started is not None:
+    if started is not None and not by_srun:
         if started.isdigit() and int(started) > 1:
             raise UserError(
                 f"mpirun started {started} processes, but each of them sees a world of one rank: "
@@ -43,8 +46,7 @@ def check_world(environment: Mapping[str, str], size: int) -> None:
                 "that mpi4py was installed for (`python -m mpi4py --mpi-lib-version` names it)"
             )
         return
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
-    if tasks.isdigit() and int(tasks) > 1:
+    if by_srun:
         raise UserError(
             f"srun started {tasks} single processes instead of one run of {tasks} ranks: Slurm "
             "and the MPI library do not talk to each other. Use `srun --mpi=pmix` (`srun "

@@ -213,7 +213,10 @@ class _MPIDownlink(Downlink):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._posted.clear()
+        if kind is None:
+            for _, requests in self._models:
+                for sent in requests:
+                    _wait(sent)
 
 
 def _items(message: Message) -> NDArray[np.int32]:

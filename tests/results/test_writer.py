@@ -462,14 +462,14 @@ def test_a_reader_sees_the_committed_rounds_of_a_run(tmp_path: Path) -> None:
         assert reader.wait(60) == 0
 
 
-def test_an_incomplete_file_keeps_its_committed_rounds(tmp_path: Path) -> None:
+def test_an_incomplete_file_keeps_every_round_that_was_appended(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     with opened(path) as writer:
         writer.append(0, 0, rows_of(HEADER, 0))
         writer.commit()
         writer.append(0, 1, rows_of(HEADER, 1))
     assert not path.exists()
-    assert committed(partial_path(path)) == [1, 0]
+    assert committed(partial_path(path)) == [2, 0]
     writer.close()  # once more does no harm
 
 
@@ -596,6 +596,56 @@ def test_overwriting_replaces_a_file_only_when_the_run_is_complete(tmp_path: Pat
         writer.complete()
     assert committed(path) == [7, 0]
     assert not partial_path(path).exists()
+
+
+HOLDER = """
+import sys
+sys.path[:0] = sys.argv[2:]
+from pathlib import Path
+from test_writer import HEADER, make, rows_of
+writer = make(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+writer.append(0, 0, rows_of(HEADER, 0))
+writer.commit()
+"""
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_a_run_is_writing_is_left_alone(tmp_path: Path, overwrite: bool) -> None:
+    path, here = tmp_path / "a.h5", Path(__file__).parent
+    line = [sys.executable, "-c", HOLDER, str(path), str(here), str(here.parent)]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+        with pytest.raises(UserError, match="a run is writing this file"):
+            check_output(path, overwrite=overwrite)
+        with pytest.raises(UserError, match="a run is writing this file"):
+            make(path, overwrite=overwrite)
+        run.communicate("go on\n", timeout=30)
+    assert run.returncode == 0
+    assert committed(partial_path(path)) == [1, 0]
+    if not overwrite:
+        with pytest.raises(UserError, match="left by a run that was stopped"):
+            check_output(path, overwrite=False)
+    else:
+        check_output(path, overwrite=True)
+
+
+def test_a_file_has_its_name_only_when_it_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, names = tmp_path / "a.h5", []
+    declare = ResultsWriter._declare
+
+    def look(self: ResultsWriter, root: h5py.File) -> None:
+        declare(self, root)
+        names.append(sorted(file.name for file in tmp_path.iterdir()))
+
+    monkeypatch.setattr(ResultsWriter, "_declare", look)
+    with opened(path):
+        assert committed(partial_path(path)) == [0, 0]
+    assert names[0] == ["a.h5.creating"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
