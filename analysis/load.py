@@ -121,7 +121,8 @@ def column_names(swept: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
     dict[str, str]
         The last part of a key, or the whole key where that part is taken or stands for two keys.
     """
-    keys = [key for key in swept if key not in STANDARD]
+    # Where a data set lies on some machine is no property of the scenario.
+    keys = [key for key in swept if key not in STANDARD and key != "data.root"]
     last = [key.rpartition(".")[2] for key in keys]
     used = {*taken, *STANDARD.values()}
     short = [name not in used and last.count(name) == 1 for name in last]

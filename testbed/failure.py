@@ -53,8 +53,14 @@ def agree(transport: Transport, step: Callable[[], T]) -> T:
     failures = transport.gather(failure)
     if any(message is not None for message in failures):
         if transport.is_root:
-            for line in dict.fromkeys(message for message in failures if message is not None):
-                print("\n".join(f"error: {part}" for part in line.splitlines()), file=sys.stderr)
+            # Each message once, by the first rank that has it; the root needs no name.
+            reported: set[str | None] = set()
+            for rank, message in enumerate(failures):
+                if message is not None and message not in reported:
+                    who = f"rank {rank}: " if rank else ""
+                    for line in message.splitlines():
+                        print(f"error: {who}{line}", file=sys.stderr)
+                reported.add(message)
         raise _Stopped
     return result  # type: ignore[return-value]
 

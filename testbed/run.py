@@ -135,9 +135,12 @@ class _Run:
         transport.finish()
 
     def _prepare(self, setups: "Setups") -> list[ScenarioHeader]:
-        """Load the data; on the root, try out every scenario's model and attacks as well."""
+        """Load the data, and try out the models: all of them on the root, the first elsewhere."""
         setups.load_data(self._plans)
-        return [_header(plan, setups) for plan in self._plans] if self._transport.is_root else []
+        if self._transport.is_root:
+            return [_header(plan, setups) for plan in self._plans]
+        setups.make(self._plans[0])
+        return []
 
     def _worker(self, plan: ScenarioPlan, setup: "ScenarioSetup") -> Worker:
         from testbed.client import ClientWorker

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -16,12 +17,15 @@ class Failing(torch.nn.Module):
         self.fault, self.after = fault, after
         self.here = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == rank
         self.calls = 0
+        if self.here and fault == "build":
+            raise ValueError("this model cannot be built on purpose")
 
     def forward(self, images):
         """Return logits, or fail."""
         logits = self.classifier(self.body(images))
         self.calls += self.training
         if self.training and self.here and self.calls > self.after:
+            Path("fault").touch()
             if self.fault == "raise":
                 raise ValueError("this model fails on purpose")
             if self.fault == "sys.exit":

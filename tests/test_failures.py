@@ -1,6 +1,7 @@
 """The failure contract: a clear message, a status that is not 0, no hang, nothing lost."""
 
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -95,23 +96,46 @@ def test_a_failure_on_the_root_ends_all_ranks(failing, tmp_path):
     assert f"error: rank 0 of 3 on {_host()}, {expected}" in done.err
 
 
-def test_the_end_comes_soon_after_the_fault(failing, tmp_path):
-    """The message is timed as it comes, so that start-up does not count."""
-    seen = None
-    with subprocess.Popen(
-        command("run", failing("raise"), "-o", "r.h5", ranks=4),
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    ) as process:
-        for line in process.stderr:
-            if seen is None and b"fails on purpose" in line:
-                seen = time.monotonic()
-        status = process.wait(timeout=40)
-    assert seen is not None
-    assert status != 0
-    assert time.monotonic() - seen < LIMIT
+@pytest.mark.parametrize("fault", ["raise", "sys.exit", "os._exit"])
+def test_the_end_comes_soon_after_the_fault(failing, tmp_path, fault):
+    """From the moment that the model notes on disk, so that start-up does not count."""
+    done = run_testbed("run", failing(fault), "-o", "r.h5", ranks=4, cwd=tmp_path, timeout=60)
+    ended = time.time()
+    assert done.status != 0
+    assert ended - (tmp_path / "fault").stat().st_mtime < LIMIT
+
+
+def test_a_model_that_one_rank_cannot_build_is_an_error_before_there_is_a_file(failing, tmp_path):
+    done = run_testbed("run", failing("build"), "-o", "r.h5", ranks=4, cwd=tmp_path, timeout=40)
+    assert done.status == 2
+    assert "error: rank 2: " in done.err
+    assert "this model cannot be built on purpose" in done.err
+    assert list(tmp_path.glob("r.h5*")) == []
+
+
+def test_ctrl_c_keeps_every_round_that_was_done(failing, tmp_path):
+    experiment = failing("none", rounds=100_000)
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command("run", experiment, "results.commit_seconds=3600", "-o", "r.h5"),
+            cwd=tmp_path,
+            env=environment(),
+            stderr=log,
+        )
+    partial = tmp_path / "r.h5.partial"
+    end = time.monotonic() + 60
+    while not partial.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=LIMIT) == 130
+    report = (tmp_path / "log").read_text()
+    assert "Traceback" not in report
+    assert "interrupted" in report
+    with h5py.File(partial) as file:
+        rounds = int(file["committed_rounds"][0])
+    assert rounds > 0
+    assert f"round {rounds}" in report
 
 
 def test_a_failure_in_a_run_of_one_process(failing, tmp_path):

@@ -101,5 +101,8 @@ def test_cifar_100_agrees_with_the_reference(data_root, tmp_path):
         success = found.get_group(cell)
         error = np.hypot(success.std() / np.sqrt(len(success)), REFERENCE_ERROR)
         assert abs(success.mean() - expected) < limit * error, cell
-    llg_plus = frame[frame.attack == "llg_plus"].groupby(["distribution", "batch_size"]).asr.mean()
-    assert (llg_plus > 0.97).all()
+    # The paper's dummy inputs for this data set, all ones, do not reach what random ones do.
+    success = frame.groupby(["attack", "distribution", "batch_size"]).asr.mean()
+    assert (success["llg_plus"] >= 0.97).all()
+    assert (success["llg_star_random"] >= 0.95).all()
+    assert (success["llg_star"] >= 0.90).all()

@@ -71,6 +71,19 @@ def test_torch_gives_the_same_counts_as_numpy(update):
     assert found.tolist() == expected.tolist()
 
 
+@given(st.integers(2, 20), st.floats(-5, -1e-3), st.integers(0, 200), st.integers(0, 2**32 - 1))
+def test_permuting_classes_and_offsets_permutes_the_counts(classes, impact, labels, seed):
+    rng = np.random.default_rng(seed)
+    row_sums, offset = rng.normal(size=(2, classes))
+    value = row_sums - offset - impact * (row_sums < 0)
+    assume(not has_near_tie(value, impact, np.zeros_like(value), labels))
+    order = rng.permutation(classes)
+    m, n = np.array([impact]), np.array([labels])
+    plain = decode(row_sums[None], m, offset[None], n)[0]
+    permuted = decode(row_sums[None, order], m, offset[None, order], n)[0]
+    assert plain[order].tolist() == permuted.tolist()
+
+
 def test_one_calibration_serves_all_updates():
     rng = np.random.default_rng(0)
     row_sums, labels = rng.normal(size=(7, 5)), np.full(7, 20)
