@@ -61,9 +61,8 @@ def occurrences_figure(results: "Results", frame: "pd.DataFrame") -> "Figure":
     Returns
     -------
     matplotlib.figure.Figure
-        A panel per scenario, at most 8 of them, with Pearson's rho of all their points. Where every
-        round has a model of its own, with an impact and offsets of its own, the mean over the
-        models of the rho within each stands beside it.
+        A panel per scenario, at most 8 of them, with Pearson's rho of all their points. Where an
+        attack has estimated the offsets s, the rho of ``g_c - s_c`` stands beside it.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -72,12 +71,12 @@ def occurrences_figure(results: "Results", frame: "pd.DataFrame") -> "Figure":
     varying = varying or ["dataset", "distribution"]
     figure, panels = grid(len(chosen), columns=4, width=3.2, height=2.8)
     for axes, index in zip(panels, chosen, strict=True):
-        x, y, rho, within = _points(results.scenarios[index])
+        x, y, rho, adjusted = _points(results.scenarios[index])
         axes.scatter(x, y, s=5, color=PALETTE[0], alpha=0.3, lw=0, rasterized=True)
         first = frame[frame["scenario"] == index].iloc[0]
         says = "undefined" if np.isnan(rho) else f"{rho:.3f}"
-        if not np.isnan(within):
-            says += f"; within a model {within:.3f}"
+        if not np.isnan(adjusted):
+            says += f", offsets removed {adjusted:.3f}"
         name = describe({key: first[key] for key in varying}, width=30)
         axes.set_title(f"{name}\n{_RHO} = {says}", parse_math=False)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -121,12 +120,11 @@ def _points(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float, float]:
     """Return x (label counts, jittered) and y (row sums) to draw, and Pearson's rho.
 
-    The first rho is that of all points. The second is the mean over the rounds where each has a
-    model of its own, else NaN.
+    The first rho is of the row sums as they are, the second with the estimated offsets removed,
+    NaN where there are none.
     """
-    moments = _Moments()
-    fresh = bool(scenario.parameters.get("federation.fresh_model"))
-    single: list[float] = []
+    moments, adjusted = _Moments(), _Moments()
+    offsets = _offsets(scenario)
     total = scenario.committed * scenario.clients * scenario.classes
     stride = max(1, -(-total // _MAX_POINTS))
     xs, ys = [], []
@@ -136,16 +134,22 @@ def _points(
         known = (truth >= 0) & np.isfinite(sums)
         x, y = truth[known].astype(np.float64), sums[known].astype(np.float64)
         moments.add(x, y)
-        if fresh:
-            for round_ in range(len(truth)):
-                of_model = _Moments()
-                seen = known[round_]
-                of_model.add(truth[round_][seen].astype(float), sums[round_][seen].astype(float))
-                single.append(of_model.pearson())
+        if offsets is not None:
+            offset = scenario.array(offsets, start, stop)[:, None, :]
+            adjusted.add(x, (sums - offset)[known])
         xs.append(x[::stride])
         ys.append(y[::stride])
     x, y = np.concatenate(xs), np.concatenate(ys)
     jitter = np.random.default_rng(0).uniform(-0.25, 0.25, len(x))
-    defined = [rho for rho in single if not np.isnan(rho)]
-    within = float(np.mean(defined)) if defined else float("nan")
-    return x + jitter, y, moments.pearson(), within
+    return x + jitter, y, moments.pearson(), adjusted.pearson()
+
+
+def _offsets(scenario: "Scenario") -> str | None:
+    """Return the path of the best estimate of the offsets, that of the most knowing attack."""
+    order = ("auxiliary", "model")
+    known = sorted(
+        (label for label, info in scenario.attacks.items() if info.knowledge in order),
+        key=lambda label: order.index(scenario.attacks[label].knowledge),
+    )
+    paths = (f"attacks/{label}/calibration/offset" for label in known)
+    return next((path for path in paths if scenario.has(path)), None)

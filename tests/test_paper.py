@@ -1,10 +1,12 @@
 """The paper's untrained experiments on real data, against what its own code measures there."""
 
+import sys
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 import pytest
-from launching import run_testbed
+from launching import finish, run_testbed
 
 from analysis import load
 
@@ -20,8 +22,8 @@ EXPERIMENTS = "launch/experiments"
 
 
 @pytest.fixture(scope="module")
-def mnist(data_root, tmp_path_factory):
-    """Run the whole MNIST experiment, as the README has it, and load its results."""
+def mnist_file(data_root, tmp_path_factory):
+    """Run the whole MNIST experiment, as the README has it."""
     output = tmp_path_factory.mktemp("mnist") / "mnist.h5"
     experiment = f"{EXPERIMENTS}/mnist_batch_size.yaml"
     done = run_testbed(
@@ -30,7 +32,13 @@ def mnist(data_root, tmp_path_factory):
         timeout=280,
     )
     assert done.status == 0, done.err
-    return load(output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def mnist(mnist_file):
+    """Load the results of the MNIST experiment."""
+    return load(mnist_file)
 
 
 def cells(frame, attack):
@@ -106,3 +114,22 @@ def test_cifar_100_agrees_with_the_reference(data_root, tmp_path):
     assert (success["llg_plus"] >= 0.97).all()
     assert (success["llg_star_random"] >= 0.95).all()
     assert (success["llg_star"] >= 0.90).all()
+
+
+def test_the_readme_s_table_is_what_the_program_prints(mnist_file):
+    done = finish([sys.executable, "-m", "analysis", "table", str(mnist_file)])
+    printed = [line.split() for line in done.out.splitlines()]
+    shown = [
+        line.split()
+        for line in Path("README.md").read_text().splitlines()
+        if line.startswith("    ") and line.strip()
+    ]
+    rows = [words for words in printed if words and words[0].isdigit()]
+    assert len(rows) == 16
+    header = next(words for words in printed if words[:1] == ["#"])
+    assert header in shown
+    for row in rows:
+        (same,) = [words for words in shown if words[:3] == row[:3]]
+        # Another processor may round otherwise, and turn a label or two.
+        found, expected = ([float(word.strip("±")) for word in words[3:]] for words in (row, same))
+        assert found == pytest.approx(expected, abs=0.02)

@@ -5,6 +5,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from build_file import Spec, build, paper_sweep
+from launching import run_testbed, write_experiment
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
@@ -230,3 +231,22 @@ def test_colours_differ_in_lightness_or_hue_for_dichromats():
     linear = [simulate @ np.array(to_rgb(colour)) ** 2.2 for colour in PALETTE]
     for one, other in itertools.combinations(linear, 2):
         assert np.linalg.norm(np.clip(one, 0, 1) - np.clip(other, 0, 1)) > 0.1
+
+
+def test_rho_without_the_offsets_that_the_most_knowing_attack_estimated(tmp_path):
+    experiment = write_experiment(
+        tmp_path / "e.yaml",
+        federation={"rounds": 20, "clients": 2, "fresh_model": True, "batch_size": 16},
+        attacks=["llg", "llg_star", "llg_plus"],
+    )
+    assert run_testbed("run", experiment, "-o", tmp_path / "r.h5").status == 0
+    with open_results(tmp_path / "r.h5") as results:
+        (scenario,) = results.scenarios
+        truth = scenario.array("truth/counts")
+        sums = scenario.array("observations/row_sums").astype(float)
+        offset = scenario.array("attacks/llg_plus/calibration/offset")
+    rho = np.corrcoef(truth.ravel(), sums.ravel())[0, 1]
+    adjusted = np.corrcoef(truth.ravel(), (sums - offset[:, None, :]).ravel())[0, 1]
+    (axes,) = draw(tmp_path / "r.h5", "occurrences").axes
+    assert axes.get_title().endswith(f"= {rho:.3f}, offsets removed {adjusted:.3f}")
+    assert adjusted < rho < 0
