@@ -6,16 +6,17 @@ from testbed.attacks.base import Attack, Calibration, Observations
 from testbed.errors import UserError
 
 _AXES = ("class", "feature")
+_DTYPES = ("float64", "uint64")
 
 
 def check_declaration(name: str, attack: type[Attack]) -> None:
     """Raise `UserError` where the calibration's arrays are declared wrongly."""
     for array, (axes, dtype) in attack.calibration_arrays.items():
         unknown = [axis for axis in axes if axis not in _AXES]
-        if unknown or np.dtype(dtype).kind not in "fiu":
+        if unknown or np.dtype(dtype).name not in _DTYPES:
             raise UserError(
                 f"attack {name!r}: calibration array {array!r} has the axes {axes} and dtype "
-                f"{dtype!r}, expected axes among {_AXES} and a number type such as 'f8'"
+                f"{dtype!r}, expected axes among {_AXES} and a dtype among {_DTYPES}"
             )
 
 

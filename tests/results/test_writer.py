@@ -151,7 +151,7 @@ def test_arrays_are_those_of_the_format() -> None:
             names = [name.strip("`")]
             if names == ["timings/NAME"]:
                 names = [f"timings/{phase}" for phase in re.findall("`([a-z]+)`", meaning)]
-            kind = axes.replace(" [, class]", "").split(", "), dtype.split(" or ")
+            kind = axes.replace(" [, class] [, feature]", "").split(", "), dtype.split(" or ")
             described |= dict.fromkeys(names, kind)
     found: set[str] = set()
     for array, spec in HEADER.arrays.items():
