@@ -233,20 +233,21 @@ def _check_size(layout: UpdateLayout) -> None:
 
 
 def _wait(request: MPI.Request) -> None:
-    """Wait without taking a core from the ranks that compute.
+    """Wait without keeping a core from the ranks that compute.
 
-    Open MPI spins in a blocking wait. Testing in a loop costs a microsecond a turn; after the
-    first turns the loop gives way to others, then sleeps for times that are short against a
-    client's work.
+    Open MPI spins in a blocking wait. Here a rank tests and gives way to others, which costs a
+    waiting rank nothing of a core that somebody else wants; where that takes long it sleeps, for a
+    small share of the time that it has waited already.
     """
-    turns = 0
+    started = time.monotonic()
     while not request.Test():
-        turns += 1
-        if turns > _SPINS:
-            time.sleep(_NAP)
-        elif turns > _SPINS // 2:
+        waited = time.monotonic() - started
+        if waited < _PATIENCE:
             os.sched_yield()
+        else:
+            time.sleep(min(waited / 10, _LONGEST_NAP))
 
 
-_SPINS = 20
-_NAP = 50e-6
+# Seconds. Timers are dear on virtual machines: naps of microseconds cost more than they save.
+_PATIENCE = 0.01
+_LONGEST_NAP = 0.005
