@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed.errors import UserError
+from testbed.results.opening import PARTIAL
 from testbed.results.schema import FILE_ENCODING, ArraySpec
 
 # Small, since a commit writes the chunk again that the last one left unfinished.
@@ -71,7 +72,7 @@ class RankHeader:
 
 def partial_path(path: Path) -> Path:
     """Return the name that a results file has while it is being written."""
-    return path.with_name(path.name + ".partial")
+    return path.with_name(path.name + PARTIAL)
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -144,12 +145,22 @@ class ResultsWriter:
             self._file = h5py.File(unborn, "x", libver=("v110", "v110"))
         except OSError as error:
             raise UserError(f"{unborn}: cannot create the results file: {error}") from None
-        self._declare(self._file)
-        self._file.swmr_mode = True
-        self._lock = unborn.open("r+b")
-        _hold(self._lock.fileno())
-        check_output(path, overwrite=overwrite)  # again: a run may have begun meanwhile
-        unborn.replace(partial)
+        try:
+            self._declare(self._file)
+            self._file.swmr_mode = True
+            self._lock = unborn.open("r+b")
+            _hold(self._lock.fileno())
+            check_output(path, overwrite=overwrite)  # again: a run may have begun meanwhile
+            unborn.replace(partial)
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                self._file.close()
+            unborn.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise UserError(
+                    f"{unborn}: cannot create the results file: {_first_line(error)}"
+                ) from None
+            raise
         self._committed_at = time.monotonic()
 
     def append(self, scenario: int, round_: int, rows: Rows) -> None:
@@ -178,12 +189,18 @@ class ResultsWriter:
         by_scenario: dict[int, list[tuple[int, Rows]]] = {}
         for scenario, round_, rows in self._pending:
             by_scenario.setdefault(scenario, []).append((round_, rows))
-        for scenario, block in by_scenario.items():
-            self._write(scenario, block)
-        self._file.flush()
-        for scenario, block in by_scenario.items():
-            self._file["committed_rounds"][scenario] = block[-1][0] + 1
-        self._file["committed_rounds"].flush()
+        try:
+            for scenario, block in by_scenario.items():
+                self._write(scenario, block)
+            self._file.flush()
+            for scenario, block in by_scenario.items():
+                self._file["committed_rounds"][scenario] = block[-1][0] + 1
+            self._file["committed_rounds"].flush()
+        except (OSError, RuntimeError) as error:  # HDF5 raises either where the disk is full
+            raise UserError(
+                f"{partial_path(self.path)}: cannot write to the results file: "
+                f"{_first_line(error)}; rounds committed before stay readable"
+            ) from None
         self._pending.clear()
         self._pending_bytes = 0
         self._committed_at = time.monotonic()
@@ -199,17 +216,13 @@ class ResultsWriter:
         partial = partial_path(self.path)
         stored = sum(dataset.id.get_storage_size() for dataset in _datasets(self._file))
         wasted = partial.stat().st_size > 1.25 * stored + _OVERHEAD * len(_datasets(self._file))
-        if not wasted:
-            self._file.close()
-            partial.replace(self.path)
-            return
-        compact = self.path.with_name(self.path.name + ".compact")
-        with h5py.File(compact, "w", libver=("v110", "v110")) as target:
-            self._declare(target)
-            _copy_chunks(self._file, target)
+        compact = self._compact() if wasted else None
         self._file.close()
-        compact.replace(self.path)
-        partial.unlink()
+        if compact is None:
+            partial.replace(self.path)
+        else:
+            compact.replace(self.path)
+            partial.unlink()
 
     def close(self) -> None:
         """Close an incomplete file, which keeps its name; nothing happens after `complete`.
@@ -220,8 +233,21 @@ class ResultsWriter:
             # What ended the run is what the user has to hear of.
             with contextlib.suppress(Exception):
                 self.commit()
-            self._file.close()
+            with contextlib.suppress(Exception):
+                self._file.close()
         self._lock.close()
+
+    def _compact(self) -> Path | None:
+        """Return a copy without unused space, or None where there is no room for one."""
+        compact = self.path.with_name(self.path.name + ".compact")
+        try:
+            with h5py.File(compact, "w", libver=("v110", "v110")) as target:
+                self._declare(target)
+                _copy_chunks(self._file, target)
+        except OSError:
+            compact.unlink(missing_ok=True)
+            return None
+        return compact
 
     def _write(self, scenario: int, block: Sequence[tuple[int, Rows]]) -> None:
         first, last = block[0][0], block[-1][0]
@@ -235,7 +261,11 @@ class ResultsWriter:
             for index, (_, rows) in enumerate(block):
                 if path in rows:
                     values[index] = rows[path]
-            group[path][first : last + 1] = values
+            dataset = group[path]
+            dataset[first : last + 1] = values
+            # Left to the closing of the dataset, an error of the disk would go unheard, and the
+            # rounds would be counted as committed.
+            dataset.flush()
 
     def _declare(self, root: h5py.File) -> None:
         ranks = self._ranks
@@ -347,6 +377,10 @@ def _hold(descriptor: int) -> bool:
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _scenario_name(index: int) -> str:

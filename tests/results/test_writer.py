@@ -702,3 +702,68 @@ def test_chunks_hold_many_small_rounds_or_some_clients_of_a_large_one(
     shape: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
     assert _chunks(shape, 4) == expected
+
+
+def test_no_room_for_a_compact_copy_costs_nothing_but_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "a.h5"
+    monkeypatch.setattr("testbed.results.writer._OVERHEAD", -(10**9))  # always wasteful
+    monkeypatch.setattr("testbed.results.writer._copy_chunks", full)
+    writer = make(path)
+    fill(writer)
+    writer.complete()
+    assert committed(path) == [7, 0]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_a_file_that_cannot_be_declared_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ResultsWriter, "_declare_scenario", staticmethod(full))
+    with pytest.raises(UserError, match=r"cannot create the results file: .*No space left"):
+        make(tmp_path / "a.h5")
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL = """
+import os, resource, signal, sys
+sys.path[:0] = sys.argv[2:]
+from pathlib import Path
+import numpy as np
+from test_writer import HEADER, make, rows_of
+from testbed.errors import UserError
+writer = make(Path(sys.argv[1]))
+writer.append(0, 0, rows_of(HEADER, 0))
+writer.commit()
+# A limit on the size of files stands for a disk that is full.
+size = os.path.getsize(sys.argv[1] + ".partial")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+writer.append(0, 1, rows_of(HEADER, 1))
+try:
+    writer.commit()
+except UserError as error:
+    print(error, flush=True)
+else:
+    print("no error", flush=True)
+os._exit(0)
+"""
+
+
+def test_a_full_disk_is_an_error_and_what_was_committed_stays(tmp_path: Path) -> None:
+    path, here = tmp_path / "a.h5", Path(__file__).parent
+    line = [sys.executable, "-c", FULL, str(path), str(here), str(here.parent)]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60)
+    assert f"{path}.partial: cannot write to the results file: " in done.stdout
+    assert "rounds committed before stay readable" in done.stdout
+    assert committed(partial_path(path)) == [1, 0]
+    with open_file(partial_path(path)) as file:
+        for name in HEADER.arrays:
+            assert file["scenarios/0000"][name][:1].shape[0] == 1
