@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from itertools import islice
 
-from testbed.attacks import attacks
+from testbed.attacks import Assumption, Observed, attacks
 from testbed.data import DATASETS, describe
 from testbed.experiment import ResolvedExperiment
 from testbed.models.catalog import MODELS, check_input
@@ -49,10 +49,14 @@ def describe_experiment(resolved: ResolvedExperiment) -> str:
 def describe_known(kind: str) -> str:
     """Return the table of ``attacks``, ``models`` or ``datasets``."""
     if kind == "attacks":
-        rows = [["name", "title", "knows", "options", "source"]]
+        rows = [["name", "knows", "answers", "looks at", "assumes", "options", "source"]]
         for name, attack in attacks().items():
             knobs = ", ".join(f"{field.name}={field.default}" for field in fields(attack))
-            rows.append([name, attack.title, attack.knowledge.value, knobs or "-", attack.source])
+            looks = ", ".join(part.value for part in Observed if part in attack.observes)
+            assumes = ", ".join(item.value for item in Assumption if item in attack.assumes)
+            answers, knows = attack.answers.value, attack.knowledge.value
+            source = attack.source
+            rows.append([name, knows, answers, looks, assumes or "-", knobs or "-", source])
     elif kind == "models":
         rows = [["name", "activation", "smallest image", "what"]]
         for model in MODELS.values():
@@ -96,16 +100,23 @@ def _results_bytes(plan: ScenarioPlan) -> int | None:
     info = MODELS.get(scenario.model.name)
     if classes is None:
         return None
-    calibrations = {
-        section.label: section.make().calibration_arrays for section in scenario.attacks
-    }
+    attacks = [(section.label, section.make()) for section in scenario.attacks]
     # A layer without bias is possible in a user's own model; the estimate is an upper bound.
-    arrays = scenario_arrays(bias=True, weight=plan.keeps_weights, calibrations=calibrations)
+    arrays = scenario_arrays(
+        bias=True,
+        weight=plan.keeps_weights,
+        statistics=plan.keeps_weights and (info is None or info.buffers > 0),
+        update=plan.keeps_updates,
+        attacks={label: (attack.answers.value, attack.arrays()) for label, attack in attacks},
+    )
     lengths = {"round": plan.rounds, "client": plan.clients, "class": classes}
-    if any("feature" in spec.axes for spec in arrays.values()):
+    if any({"feature", "buffer", "parameter"} & {*spec.axes} for spec in arrays.values()):
         if info is None or shape is None:
             return None
+        check_input(info, shape, classes)
         lengths["feature"] = info.features(shape)
+        lengths["buffer"] = info.buffers
+        lengths["parameter"] = info.parameters(shape, classes) + info.buffers
     return uncompressed_bytes(arrays, lengths)
 
 

@@ -108,8 +108,71 @@ class ModelSection(_Section):
         return self
 
 
+class PretrainingSection(_Section):
+    """Training before the first round: plain SGD on the victims' samples, by the testbed itself.
+
+    Attributes
+    ----------
+    steps
+        How many. All scenarios that agree in data, model, seed and in this section, but for the
+        number of steps, attack the same models, each at its stage of one training. Where it is
+        left out, there is no training, and every scenario has initial models of its own.
+    """
+
+    steps: Natural | None = None
+    batch_size: Count = 32
+    learning_rate: Positive = 0.1
+
+
+class AdversarySection(_Section):
+    """What the server knows wrongly, or less well than the attacks presume.
+
+    Attributes
+    ----------
+    batch_size
+        ``known``, or ``estimated`` from each update's gradient.
+    batch_size_factor
+        What the server takes for the batch size, in multiples of what it is or is estimated to be.
+    auxiliary_noise
+        Standard deviation of Gaussian noise on its images, whose values are in [0, 1].
+    auxiliary_missing
+        Classes that it has no samples of.
+    auxiliary_data, auxiliary_root
+        Another data set with the same classes, which its samples are from, scaled to the size of
+        the victims' images.
+    """
+
+    batch_size: Literal["known", "estimated"] = "known"
+    batch_size_factor: Positive = 1.0
+    auxiliary_noise: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=100)] = 0.0
+    auxiliary_missing: Natural = 0
+    auxiliary_data: str | None = None
+    auxiliary_root: Path | None = None
+
+    @pydantic.field_validator("auxiliary_data")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in DATASETS:
+            raise ValueError(suggest(name, DATASETS))
+        return name
+
+    @pydantic.field_validator("auxiliary_root")
+    @classmethod
+    def _home(cls, root: Path | None) -> Path | None:
+        return root.expanduser() if root is not None else None
+
+
 class FederationSection(_Section):
-    """The rounds."""
+    """The rounds.
+
+    Attributes
+    ----------
+    share_statistics
+        Whether clients share BatchNorm's statistics; if not, each sends back those it received.
+    statistics_noise
+        Noise on shared statistics, in multiples of their own scale: means get Gaussian noise of
+        that many standard deviations of their channel, variances that much relative noise.
+    """
 
     algorithm: Literal["fedsgd"] = "fedsgd"
     fresh_model: bool = False
@@ -119,6 +182,8 @@ class FederationSection(_Section):
     learning_rate: Positive = 0.1
     attack_every: Count = 1
     evaluate_every: Natural = 0
+    share_statistics: bool = True
+    statistics_noise: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=100)] = 0.0
 
 
 class AttackSection(pydantic.BaseModel):
@@ -162,7 +227,7 @@ class ComputeSection(_Section):
 class ResultsSection(_Section):
     """What the results file keeps, and how often it is committed."""
 
-    observations: Literal["summary", "last_layer"] = "summary"
+    observations: Literal["summary", "last_layer", "full"] = "summary"
     commit_seconds: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=3600)] = 1.0
 
 
@@ -173,7 +238,9 @@ class Scenario(_Section):
     data: DataSection
     labels: LabelsSection = LabelsSection()
     model: ModelSection
+    pretraining: PretrainingSection = PretrainingSection()
     federation: FederationSection
+    adversary: AdversarySection = AdversarySection()
     attacks: Annotated[list[AttackSection], Field(min_length=1)]
 
     @pydantic.model_validator(mode="after")
@@ -239,13 +306,17 @@ class ResolvedExperiment:
     def require_data(self) -> None:
         """Raise `UserError` where a data set lacks its root: to run, not to check, needs one."""
         for point in self.points:
-            data = point.scenario.data
-            wanted = DATASETS[data.name].root
-            if wanted and data.root is None:
-                raise UserError(
-                    f"the data set {data.name!r} is read from a {wanted} of yours: "
-                    f"set data.root={wanted.upper()}"
-                )
+            data, adversary = point.scenario.data, point.scenario.adversary
+            for name, root, key in (
+                (data.name, data.root, "data.root"),
+                (adversary.auxiliary_data, adversary.auxiliary_root, "adversary.auxiliary_root"),
+            ):
+                wanted = DATASETS[name].root if name else None
+                if wanted and root is None:
+                    raise UserError(
+                        f"the data set {name!r} is read from a {wanted} of yours: "
+                        f"set {key}={wanted.upper()}"
+                    )
 
     def to_yaml(self) -> str:
         """Return the experiment file, overrides applied and defaults filled in."""

@@ -54,18 +54,34 @@ class ScenarioPlan:
         return self.scenario.federation.fresh_model
 
     @property
+    def pretraining_steps(self) -> int | None:
+        """Steps of training before the first round, or None for no stage of a training."""
+        return self.scenario.pretraining.steps
+
+    @property
     def labels_per_update(self) -> int:
         """Labels behind one update, N: batch size times local steps."""
-        return self.scenario.federation.batch_size
+        return self.scenario.federation.batch_size * self.local_steps
+
+    @property
+    def local_steps(self) -> int:
+        """Local steps behind one update, E."""
+        return 1
 
     @property
     def keeps_weights(self) -> bool:
-        """Whether the last layer's weight gradients are kept, beyond their row sums."""
-        return self.observations == "last_layer"
+        """Whether the file keeps the last layer's weight gradients and BatchNorm's statistics."""
+        return self.observations in ("last_layer", "full")
+
+    @property
+    def keeps_updates(self) -> bool:
+        """Whether the file keeps whole updates."""
+        return self.observations == "full"
 
     def initial_key(self, round_: int) -> tuple[int, ...]:
         """Return what a round's initial model depends on, for `testbed.seeds`."""
-        return (self.index, round_)
+        # Scenarios that attack stages of one training begin with the same models.
+        return (self.index, round_) if self.pretraining_steps is None else (round_,)
 
     def is_attacked(self, round_: int) -> bool:
         """Return whether the updates of this round are attacked."""

@@ -78,6 +78,14 @@ class Progress:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             self._say(f"{self._count()}, {self._rate(now)}; {_name(plan)}")
 
+    def announce(self, text: str) -> None:
+        """Say what keeps the next round waiting."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+            self._bar.refresh()
+        elif self._mode == "log":
+            self._say(text)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from testbed.attacks.assumptions import broken_assumptions, not_applicable
 from testbed.errors import UserError
 from testbed.experiment import ResolvedExperiment, load_experiment, parse_experiment
 from testbed.failure import Position, agree, guarded
@@ -104,6 +106,7 @@ class _Run:
         """Set up, run all scenarios, and give the file its name."""
         import torch
 
+        from testbed.pretraining import Pretraining
         from testbed.startup import Setups
         from testbed.transport.placement import place
 
@@ -129,7 +132,9 @@ class _Run:
         if transport.is_root:
             self._serve(setups, headers, ranks)
         else:
+            pretraining = Pretraining(transport, setups, self._plans)
             for plan in self._plans:
+                pretraining.prepare(plan)
                 setup = setups.make(plan)
                 transport.serve(plan, setup.layout, self._worker(plan, setup))
         transport.finish()
@@ -150,6 +155,7 @@ class _Run:
     def _serve(
         self, setups: "Setups", headers: Sequence[ScenarioHeader], ranks: Sequence[RankHeader]
     ) -> None:
+        from testbed.pretraining import Pretraining
         from testbed.server import ScenarioServer
 
         transport, experiment = self._transport, self._resolved.experiment
@@ -162,9 +168,11 @@ class _Run:
             commit_seconds=experiment.results.commit_seconds,
         )
         total = sum(plan.rounds for plan in self._plans)
+        pretraining = Pretraining(transport, setups, self._plans)
         try:
             with Progress(experiment.title, total, self._options.progress) as progress:
                 for plan in self._plans:
+                    pretraining.prepare(plan, progress.announce)
                     setup = setups.make(plan)
                     worker = None
                     if transport.size == 1:
@@ -173,7 +181,14 @@ class _Run:
                     with transport.open(
                         plan, setup.layout, worker, buffers=experiment.compute.receive_buffers
                     ) as downlink:
-                        server = ScenarioServer(plan, setup, downlink, transport.workers, writer)
+                        server = ScenarioServer(
+                            plan,
+                            setup,
+                            downlink,
+                            transport.workers,
+                            writer,
+                            partial(pretraining.initial, plan),
+                        )
                         for _ in server.rounds(self._position):
                             progress.advance(plan)
             writer.complete()
@@ -201,13 +216,23 @@ class _Reporting:
 
 
 def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:
+    from testbed.server import scenario_facts
+    from testbed.startup import lowest_feature
+
     setup = setups.make(plan)
     layout = setup.layout
     attacks = setup.attacks
+    facts = scenario_facts(plan, layout, lowest_feature(plan, setup))
+    idle = {label: not_applicable(attack, facts) for label, attack in attacks.items()}
     arrays = scenario_arrays(
         bias=layout.bias is not None,
         weight=plan.keeps_weights,
-        calibrations={label: attack.calibration_arrays for label, attack in attacks.items()},
+        statistics=plan.keeps_weights and layout.buffers > 0,
+        update=plan.keeps_updates,
+        attacks={
+            label: (attack.answers.value, {} if idle[label] else attack.arrays())
+            for label, attack in attacks.items()
+        },
     )
     lengths = used_lengths(
         arrays,
@@ -216,6 +241,8 @@ def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:
             "client": plan.clients,
             "class": layout.classes,
             "feature": layout.features,
+            "buffer": layout.buffers,
+            "parameter": layout.size,
         },
     )
     return ScenarioHeader(
@@ -236,6 +263,11 @@ def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:
                 knowledge=attack.knowledge.value,
                 source=attack.source,
                 options=attack.options(),
+                answers=attack.answers.value,
+                observes=sorted(part.value for part in attack.observes),
+                assumes=sorted(assumption.value for assumption in attack.assumes),
+                broken=broken_assumptions(attack, facts),
+                not_applicable=idle[label],
             )
             for label, attack in attacks.items()
         },

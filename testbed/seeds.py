@@ -15,6 +15,9 @@ class Purpose(IntEnum):
     LOCAL = 4
     ATTACK = 5
     DUMMY = 6
+    STATISTICS = 7
+    AUXILIARY = 8
+    PRETRAINING = 9
 
 
 def stream(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:

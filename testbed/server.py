@@ -2,7 +2,7 @@
 
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from testbed.attacks.adversary import GlobalModel, RestrictedAdversary
-from testbed.attacks.base import Attack, Observations
-from testbed.attacks.checks import check_calibration, check_counts
+from testbed.attacks.assumptions import Facts, not_applicable
+from testbed.attacks.base import Attack, Observations, Observed
+from testbed.attacks.checks import check_calibration
+from testbed.attacks.inference import infer_in_chunks
 from testbed.failure import Position
 from testbed.plan import ScenarioPlan, Task
 from testbed.results.schema import PHASES
@@ -21,9 +23,6 @@ from testbed.seeds import Purpose, seed64
 from testbed.startup import ScenarioSetup
 from testbed.transport.base import Downlink
 from testbed.update import Message, UpdateLayout
-
-# Attacks work on at most this many (update, class) pairs at once.
-_CHUNK = 1 << 20
 
 
 class Clock:
@@ -43,7 +42,14 @@ class Clock:
 class Round:
     """What the root keeps of one round: no update as a whole, only what the attacks look at."""
 
-    def __init__(self, plan: ScenarioPlan, layout: UpdateLayout, *, keep_weights: bool) -> None:
+    def __init__(
+        self,
+        plan: ScenarioPlan,
+        layout: UpdateLayout,
+        *,
+        keep_weights: bool = False,
+        keep_updates: bool = False,
+    ) -> None:
         clients, classes = plan.clients, layout.classes
         self.clock = Clock()
         self.counts = np.zeros((clients, classes), np.int32)
@@ -53,6 +59,12 @@ class Round:
         self.weight: NDArray[np.float32] | None = None
         if keep_weights:
             self.weight = np.full((clients, classes, layout.features), np.nan, np.float32)
+        self.update: NDArray[np.float32] | None = None
+        if keep_updates:
+            self.update = np.full((clients, layout.size), np.nan, np.float32)
+        self.statistics: NDArray[np.float32] | None = None
+        if layout.buffers:
+            self.statistics = np.full((clients, layout.buffers), np.nan, np.float32)
         self.loss = np.full(clients, np.nan)
         self.bytes_on_wire = np.zeros(clients, np.int64)
         self.seconds = np.zeros(clients)
@@ -76,6 +88,10 @@ class Round:
                 self.bias[client] = bias
             if self.weight is not None:
                 self.weight[client] = weight
+            if self.update is not None:
+                self.update[client] = message.payload
+            if self.statistics is not None:
+                self.statistics[client] = message.payload[layout.parameters :]
         return finite
 
 
@@ -94,6 +110,8 @@ class ScenarioServer:
         Their number.
     writer
         Of the results file.
+    initial
+        Returns a round's model where it is a stage of a training, else None.
     """
 
     def __init__(
@@ -103,6 +121,7 @@ class ScenarioServer:
         downlink: Downlink,
         workers: int,
         writer: ResultsWriter,
+        initial: Callable[[int], NDArray[np.float32] | None] = lambda _: None,
     ) -> None:
         self._plan = plan
         self._setup = setup
@@ -110,7 +129,26 @@ class ScenarioServer:
         self._downlink = downlink
         self._workers = workers
         self._writer = writer
-        self._adversary = GlobalModel(setup.model, setup.samples, setup.parts.auxiliary)
+        self._initial = initial
+        self._adversary = GlobalModel(
+            setup.model,
+            setup.auxiliary(),
+            setup.samples.shape,
+            local_steps=plan.local_steps,
+            learning_rate=plan.scenario.federation.learning_rate,
+        )
+        facts = scenario_facts(plan, self._layout)
+        self._attacks = {
+            label: attack
+            for label, attack in setup.attacks.items()
+            if not not_applicable(attack, facts)
+        }
+        observed = {part for attack in self._attacks.values() for part in attack.observes}
+        self._estimates = plan.scenario.adversary.batch_size == "estimated"
+        self._needs_weights = (
+            plan.keeps_weights or self._estimates or Observed.WEIGHT_GRADIENT in observed
+        )
+        self._needs_updates = plan.keeps_updates or Observed.UPDATE in observed
         size = setup.layout.size
         self._window = plan.in_flight(workers, 4 * size)
         # The models under way, and the one that is attacked meanwhile.
@@ -153,15 +191,25 @@ class ScenarioServer:
         for number in range(self._published, min(stop, self._plan.rounds)):
             model = self._slot(number)
             if number == 0 or self._plan.fresh_model:
-                self._setup.initialise(torch.from_numpy(model), self._plan.initial_key(number))
+                trained = self._initial(number)
+                if trained is None:
+                    key = self._plan.initial_key(number)
+                    self._setup.initialise(torch.from_numpy(model), key)
+                else:
+                    model[:] = trained
             self._downlink.publish(number, model)
             self._published = number + 1
         self._publish_seconds += time.perf_counter() - started
 
     def _collect(self, number: int) -> Round:
         """Receive a round's updates in client order, and step the global model."""
-        keep = self._plan.keeps_weights and self._plan.is_attacked(number)
-        record = Round(self._plan, self._layout, keep_weights=keep)
+        attacked = self._plan.is_attacked(number)
+        record = Round(
+            self._plan,
+            self._layout,
+            keep_weights=self._needs_weights and attacked,
+            keep_updates=self._needs_updates and attacked,
+        )
         samples = 0
         self._aggregate.zero_()
         for client in range(self._plan.clients):
@@ -200,8 +248,13 @@ class ScenarioServer:
         }
         if record.bias is not None:
             rows["observations/bias_gradient"] = record.bias
-        if record.weight is not None:
+        if self._plan.keeps_weights and record.weight is not None:
             rows["observations/weight_gradient"] = record.weight
+        if self._plan.keeps_weights and record.statistics is not None:
+            rows["observations/statistics"] = record.statistics
+            rows["observations/statistics_sent"] = self._slot(number)[self._layout.parameters :]
+        if self._plan.keeps_updates and record.update is not None:
+            rows["observations/update"] = record.update
         seen = np.flatnonzero(record.finite)
         if len(seen) == 0:
             return rows
@@ -209,9 +262,16 @@ class ScenarioServer:
             row_sums=record.row_sums[seen],
             bias_gradient=None if record.bias is None else record.bias[seen],
             weight_gradient=None if record.weight is None else record.weight[seen],
-            labels=np.full(len(seen), self._plan.labels_per_update),
+            labels=self._believed_labels(record, seen),
             keys=seen,
+            local_steps=self._plan.local_steps,
+            statistics=None if record.statistics is None else record.statistics[seen],
+            update=None if record.update is None else record.update[seen],
+            posterior=record.posterior[seen],
         )
+        labels = np.full(self._plan.clients, -1, np.int32)
+        labels[seen] = observations.labels
+        rows["observations/labels"] = labels
         # Every attack is given the same arrays; none may change what the next one sees.
         for array in vars(observations).values():
             if isinstance(array, np.ndarray):
@@ -219,32 +279,62 @@ class ScenarioServer:
         seed = self._plan.scenario.seed
         with record.clock.phase("attack"):
             self._adversary.enter(self._slot(number), seed, (self._plan.index, number))
-            for label, attack in self._setup.attacks.items():
-                rows |= self._run(label, attack, number, observations, record)
+            for label, attack in self._attacks.items():
+                rows |= self._run(label, attack, number, observations.restricted(attack))
         return rows
 
+    def _believed_labels(self, record: Round, seen: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many labels the server takes each update to have."""
+        steps = self._plan.local_steps
+        labels = np.full(len(seen), self._plan.labels_per_update)
+        if self._estimates and record.weight is not None:
+            from testbed.attacks.batch_size import estimate_labels
+
+            bias = None if record.bias is None else record.bias[seen]
+            labels = estimate_labels(record.weight[seen], bias, steps)
+        factor = self._plan.scenario.adversary.batch_size_factor
+        return np.maximum(np.rint(labels * factor), 1).astype(np.int64)
+
     def _run(
-        self, label: str, attack: Attack, number: int, observations: Observations, record: Round
+        self, label: str, attack: Attack, number: int, observations: Observations
     ) -> dict[str, Any]:
         started = time.perf_counter()
         name = zlib.crc32(label.encode())
         seed = seed64(self._plan.scenario.seed, Purpose.ATTACK, self._plan.index, number, name)
-        batch_size = self._plan.scenario.federation.batch_size
+        # A calibration serves all updates of a round: where the sizes differ, that of the middle.
+        batch_size = max(1, round(float(np.median(observations.labels)) / self._plan.local_steps))
         adversary = RestrictedAdversary(self._adversary, attack.knowledge, batch_size, seed)
-        calibration = attack.calibrate(adversary)
-        check_calibration(label, attack, calibration)
-        counts = np.full(record.counts.shape, -1, np.int32)
-        rows = max(1, _CHUNK // self._layout.classes)
-        for start in range(0, len(observations.keys), rows):
-            part = observations.rows(slice(start, start + rows))
-            inferred = attack.infer(part, calibration).counts
-            check_counts(label, inferred, part)
-            counts[part.keys] = inferred
-        answer: dict[str, Any] = {f"attacks/{label}/counts": counts}
+        calibration = {
+            **attack.calibrate(adversary),
+            **attack.calibrate_updates(adversary, observations),
+        }
+        lengths = {
+            "client": len(observations.keys),
+            "class": self._layout.classes,
+            "feature": self._layout.features,
+            "buffer": self._layout.buffers,
+        }
+        check_calibration(label, attack, calibration, lengths)
+        values = infer_in_chunks(label, attack, observations, calibration)
+        answer: dict[str, Any] = {
+            f"attacks/{label}/{attack.answers.value}": self._spread(values, observations.keys)
+        }
+        declared = attack.arrays()
         for array, values in calibration.items():
-            answer[f"attacks/{label}/calibration/{array}"] = values[0]
+            path = f"attacks/{label}/calibration/{array}"
+            each = declared[array][0][:1] == ("client",)
+            answer[path] = self._spread(values, observations.keys) if each else values[0]
         answer[f"timings/attacks/{label}"] = time.perf_counter() - started
         return answer
+
+    def _spread(self, values: NDArray[Any], seen: NDArray[np.int64]) -> NDArray[Any]:
+        """Return values of the attacked updates as those of all clients."""
+        if values.dtype == np.bool_:
+            values = values.astype(np.int8)
+        fill = {"f": np.nan, "i": -1, "u": 0}[values.dtype.kind]
+        spread = np.full((self._plan.clients, *values.shape[1:]), fill, values.dtype)
+        spread[seen] = values
+        return spread
 
     def _evaluate(self, number: int, record: Round) -> dict[str, Any]:
         if not self._plan.is_evaluated(number):
@@ -252,7 +342,8 @@ class ScenarioServer:
         with record.clock.phase("evaluate"):
             seed = self._plan.scenario.seed
             self._adversary.enter(self._slot(number), seed, (self._plan.index, number))
-            return {"rounds/accuracy": self._adversary.accuracy(self._setup.parts.test)}
+            accuracy = self._adversary.accuracy(self._setup.samples, self._setup.parts.test)
+            return {"rounds/accuracy": accuracy}
 
     @staticmethod
     def _measured(record: Round) -> dict[str, Any]:
@@ -266,6 +357,24 @@ class ScenarioServer:
             "timings/client_rank": record.rank,
             **{f"timings/{name}": seconds for name, seconds in record.clock.seconds.items()},
         }
+
+
+def scenario_facts(
+    plan: ScenarioPlan, layout: UpdateLayout, lowest_feature: float | None = None
+) -> Facts:
+    """Return what of a scenario decides about the attacks' assumptions."""
+    scenario = plan.scenario
+    adversary = scenario.adversary
+    return Facts(
+        classes=layout.classes,
+        features=layout.features,
+        bias=layout.bias is not None,
+        statistics=layout.buffers if scenario.federation.share_statistics else 0,
+        batch_size=scenario.federation.batch_size,
+        local_steps=plan.local_steps,
+        known_size=adversary.batch_size == "known" and adversary.batch_size_factor == 1,
+        lowest_feature=lowest_feature,
+    )
 
 
 def _is_finite(values: NDArray[np.float32]) -> bool:

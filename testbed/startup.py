@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from testbed.attacks.adversary import AuxiliarySamples, GlobalModel
 from testbed.attacks.base import Attack
 from testbed.data import Dataset, Parts, load, split
 from testbed.errors import UserError
 from testbed.experiment import ModelSection, Scenario
+from testbed.knowledge import auxiliary_samples
 from testbed.models.build import build, initialise_uniform
 from testbed.models.flat import FlatModel, flat_state
 from testbed.models.last_layer import find_last_layer
@@ -35,6 +37,8 @@ class ScenarioSetup:
     initialise
         Fills a flat model [parameters + buffers] on the host with the initial values that belong
         to a key of `testbed.seeds`.
+    auxiliary
+        Makes the adversary's samples.
     """
 
     samples: Samples
@@ -42,6 +46,7 @@ class ScenarioSetup:
     model: FlatModel
     attacks: Mapping[str, Attack]
     initialise: Callable[[torch.Tensor, tuple[int, ...]], None]
+    auxiliary: Callable[[], AuxiliarySamples]
 
     @property
     def layout(self) -> UpdateLayout:
@@ -70,11 +75,14 @@ class Setups:
     def load_data(self, plans: Sequence[ScenarioPlan]) -> None:
         """Load every data set of the plan; all ranks call this, in the same order."""
         for plan in plans:
-            data = plan.scenario.data
-            key = (data.name, data.root)
-            if key not in self._samples:
-                dataset = self._share(key)
-                self._samples[key] = (dataset, Samples(dataset, self._device))
+            data, adversary = plan.scenario.data, plan.scenario.adversary
+            keys = [(data.name, data.root)]
+            if adversary.auxiliary_data is not None:
+                keys.append((adversary.auxiliary_data, adversary.auxiliary_root))
+            for key in keys:
+                if key not in self._samples:
+                    dataset = self._share(key)
+                    self._samples[key] = (dataset, Samples(dataset, self._device))
 
     def _share(self, key: DataKey) -> Dataset:
         def read() -> tuple[tuple[str, int, float, int | None], dict[str, NDArray[np.generic]]]:
@@ -130,8 +138,15 @@ class Setups:
             else:
                 state.copy_(flat_state(_build(scenario.model, dataset, seed)))
 
+        def auxiliary() -> AuxiliarySamples:
+            adversary = scenario.adversary
+            other = None
+            if adversary.auxiliary_data is not None:
+                other = self._samples[adversary.auxiliary_data, adversary.auxiliary_root][1]
+            return auxiliary_samples(scenario, samples, parts, dataset.classes, other)
+
         attacks = {section.label: section.make() for section in scenario.attacks}
-        return ScenarioSetup(samples, parts, model, attacks, initialise)
+        return ScenarioSetup(samples, parts, model, attacks, initialise, auxiliary)
 
     def _split(self, scenario: Scenario, dataset: Dataset) -> Parts:
         key = (scenario.data, scenario.seed)
@@ -157,6 +172,16 @@ class Setups:
             self._models[copy] = (key, model, model.buffers.cpu().clone())
         _, model, buffers = self._models[copy]
         return model, buffers
+
+
+def lowest_feature(plan: ScenarioPlan, setup: ScenarioSetup) -> float:
+    """Return the smallest input of the last layer of a scenario's first model on random images."""
+    none = AuxiliarySamples(torch.empty((0, *setup.samples.shape)), np.zeros(0, np.int64))
+    state = torch.empty(setup.layout.size)
+    setup.initialise(state, plan.initial_key(0))
+    model = GlobalModel(setup.model, none, setup.samples.shape)
+    model.enter(state.numpy(), plan.scenario.seed, (plan.index, 0))
+    return model.lowest_feature()
 
 
 def _flat(section: ModelSection, dataset: Dataset, seed: int, device: torch.device) -> FlatModel:

@@ -1,17 +1,38 @@
 """The server as an adversary: runs the global model on inputs of its own, for the calibrations."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from testbed.attacks.base import Knowledge, Outputs
+from testbed.attacks.base import Head, Knowledge, Observations, Outputs, Planted
+from testbed.attacks.simulation import head_gradient, simulate_head
 from testbed.models.flat import FlatModel
 from testbed.samples import Samples
-from testbed.seeds import Purpose, stream
+from testbed.seeds import Purpose, seed64, stream
 
 _BATCH = 512
+
+Norm = torch.nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class AuxiliarySamples:
+    """The adversary's own samples.
+
+    Attributes
+    ----------
+    inputs
+        float32 [n, channels, height, width] on the model's device, sorted by class.
+    labels
+        int64 [n], on the host.
+    """
+
+    inputs: torch.Tensor
+    labels: NDArray[np.int64]
 
 
 class GlobalModel:
@@ -25,30 +46,38 @@ class GlobalModel:
     ----------
     model
         A module that nothing else uses while a calibration runs.
-    samples
-        The data.
     auxiliary
-        int64 [classes * per_class]: the auxiliary samples, sorted by class; may be empty.
+        The adversary's samples; may be none.
+    shape
+        Channels, height and width of an input.
+    local_steps, learning_rate
+        Of the clients' local training.
     """
 
-    def __init__(self, model: FlatModel, samples: Samples, auxiliary: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        model: FlatModel,
+        auxiliary: AuxiliarySamples,
+        shape: tuple[int, int, int],
+        *,
+        local_steps: int = 1,
+        learning_rate: float = 0.1,
+    ) -> None:
         self._model = model
-        self._samples = samples
         self._auxiliary = auxiliary
-        self._norms = [
-            module
-            for module in model.module.modules()
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-        ]
+        self.shape = shape
+        self.layout = model.layout
+        self.local_steps, self.learning_rate = local_steps, learning_rate
+        self._norms = [module for module in model.module.modules() if isinstance(module, Norm)]
         self._outputs: dict[object, Outputs] = {}
-        self._state = model.state.clone()
+        self._state = torch.zeros(model.layout.size)
         self._key: tuple[int, ...] = ()
         self._seed = 0
 
     @property
     def classes(self) -> int:
         """Number of classes."""
-        return self._model.layout.classes
+        return self.layout.classes
 
     def enter(self, state: NDArray[np.float32], seed: int, key: tuple[int, ...]) -> None:
         """Take over the global model of a round; ``seed`` and ``key`` are for random inputs."""
@@ -56,21 +85,48 @@ class GlobalModel:
         self._seed, self._key = seed, key
         self._outputs.clear()
 
-    def accuracy(self, indices: NDArray[np.int64]) -> float:
+    def after(self, update: NDArray[np.float32]) -> "GlobalModel":
+        """Return the model that a client ended with; see `testbed.attacks.Adversary`."""
+        split = self.layout.parameters
+        later = GlobalModel(
+            self._model,
+            self._auxiliary,
+            self.shape,
+            local_steps=self.local_steps,
+            learning_rate=self.learning_rate,
+        )
+        shared = torch.from_numpy(np.ascontiguousarray(update))
+        later._state[:split] = self._state[:split] - self.learning_rate * shared[:split]
+        later._state[split:] = shared[split:]
+        later._seed, later._key = self._seed, self._key
+        return later
+
+    def accuracy(self, samples: Samples, indices: NDArray[np.int64]) -> float:
         """Return the share of samples that the model classifies rightly, in inference mode."""
-        self._model.load(self._state)
-        self._model.module.eval()
+        self._load()
         right = 0
         with torch.no_grad():
             for start in range(0, len(indices), _BATCH):
                 batch = indices[start : start + _BATCH]
-                guess = self._model.module(self._samples.inputs(batch)).argmax(dim=1)
-                right += int((guess == self._samples.targets(batch)).sum())
+                guess = self._model.module(samples.inputs(batch)).argmax(dim=1)
+                right += int((guess == samples.targets(batch)).sum())
         return right / len(indices)
+
+    def lowest_feature(self) -> float:
+        """Return the smallest input of the last layer on random inputs."""
+        return float(self.on_dummy("random", 32).features.min())
+
+    def head(self) -> Head:
+        """Return the last layer; see `testbed.attacks.Adversary`."""
+        state = self._state.numpy()
+        bias = self.layout.bias_gradient(state)
+        weight = self.layout.weight_gradient(state)
+        zeros = np.zeros(self.classes)
+        return Head(weight.astype(np.float64), zeros if bias is None else bias.astype(np.float64))
 
     def on_dummy(self, kind: str, samples: int) -> Outputs:
         """Return the outputs on dummy inputs; see `testbed.attacks.Adversary`."""
-        if kind != "random" and samples == 1 and self._norms:
+        if kind in ("zeros", "ones") and samples == 1 and self._norms:
             # BatchNorm of a single value fails. Of inputs that are all alike, two do for one.
             pair = self.on_dummy(kind, 2)
             return Outputs(pair.posterior[:1], pair.features[:1], None)
@@ -78,8 +134,112 @@ class GlobalModel:
 
     def on_auxiliary(self) -> Outputs:
         """Return the outputs on the auxiliary samples."""
-        labels = self._samples.labels[self._auxiliary]
-        return self._cached("auxiliary", self._auxiliary_batches, labels)
+        return self._cached("auxiliary", self._auxiliary_batches, self._auxiliary.labels)
+
+    def simulate(self, batches: NDArray[np.int64]) -> Observations:
+        """Observe simulated clients; see `testbed.attacks.Adversary`."""
+        if not self._norms:
+            return simulate_head(self.on_auxiliary(), self.head(), batches, self.learning_rate)
+        simulations, steps, size = batches.shape
+        observed = _Collector(simulations, self.layout.classes, self.layout.features)
+        statistics = np.empty((simulations, self.layout.buffers), np.float32)
+        head = self.head()
+        for row, local in enumerate(batches):
+            self._load(train_norms=True)
+            w, b = head.weight.copy(), head.bias.copy()
+            for chosen in local:
+                inputs = self._auxiliary.inputs[torch.from_numpy(chosen)]
+                _, h = self._model.outputs([inputs])
+                logits = h @ w.T + b
+                posterior = torch.softmax(torch.from_numpy(logits), dim=1).numpy()
+                labels = self._auxiliary.labels[chosen]
+                dw, db = head_gradient(posterior[None], h[None], labels[None])
+                observed.add(row, dw[0], db[0])
+                w -= self.learning_rate * dw[0]
+                b -= self.learning_rate * db[0]
+            statistics[row] = self._model.buffers.cpu().numpy()
+        return observed.result(steps, steps * size, statistics)
+
+    def local_update(self, batches: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Train as a client does; see `testbed.attacks.Adversary`."""
+        split = self.layout.parameters
+        model = self._model
+        model.load(self._state)
+        model.module.train()
+        torch.default_generator.manual_seed(seed64(self._seed, Purpose.LOCAL, *self._key))
+        gradient = torch.empty(split, device=model.state.device)
+        total = torch.zeros_like(gradient)
+        for step, chosen in enumerate(batches):
+            index = torch.from_numpy(chosen)
+            logits = model.module(self._auxiliary.inputs[index])
+            targets = torch.from_numpy(self._auxiliary.labels[chosen]).to(logits.device)
+            model.gradient(torch.nn.functional.cross_entropy(logits, targets), gradient)
+            total += gradient
+            if step + 1 < len(batches):
+                model.state[:split].sub_(gradient, alpha=self.learning_rate)
+        update: NDArray[np.float32] = torch.cat([total, model.buffers]).cpu().numpy()
+        return update
+
+    def weight_gradient(self, update: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the last layer's part of a whole update, [C, D]."""
+        return self.layout.weight_gradient(update)
+
+    def bias_gradient(self, update: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """Return the last layer's part of a whole update, [C]."""
+        return self.layout.bias_gradient(update)
+
+    def statistics_sent(self) -> NDArray[np.float32]:
+        """Return the buffers that went out with the model, [S]."""
+        sent: NDArray[np.float32] = self._state[self.layout.parameters :].numpy().copy()
+        return sent
+
+    def momentum(self) -> NDArray[np.float32]:
+        """Return the weight of a new batch in each buffer's running average, [S]."""
+        return self._momentum
+
+    @cached_property
+    def _momentum(self) -> NDArray[np.float32]:
+        module = self._model.module
+        norms = {
+            name: norm.momentum for name, norm in module.named_modules() if norm in self._norms
+        }
+        parts = []
+        for name, buffer in module.named_buffers():
+            if not buffer.is_floating_point():
+                continue
+            owner, _, last = name.rpartition(".")
+            known = norms.get(owner) if last in ("running_mean", "running_var") else None
+            parts.append(np.full(buffer.numel(), np.nan if known is None else known, np.float32))
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def logit_gradients(self) -> NDArray[np.float32]:
+        """Return the mean gradient of each logit, [C, P]; see `testbed.attacks.Adversary`."""
+        self._load(train_norms=True)
+        mean = np.zeros((self.classes, self.layout.parameters), np.float32)
+        gradient = torch.empty(self.layout.parameters, device=self._model.state.device)
+        count = len(self._auxiliary.labels)
+        for inputs in self._auxiliary_batches():
+            logits = self._model.module(inputs).sum(dim=0)
+            for c in range(self.classes):
+                self._model.gradient(logits[c], gradient, retain_graph=True)
+                mean[c] += gradient.cpu().numpy() / count
+        return mean
+
+    def planted(self) -> Planted:
+        """See `testbed.attacks.Adversary`."""
+        raise PermissionError("this server gave every client the same model")
+
+    def white_box(self) -> "WhiteBoxModel":
+        """Return the model itself, loaded; see `testbed.attacks.Adversary`."""
+        self._load(train_norms=True)
+        return WhiteBoxModel(self._model, self.shape)
+
+    def _load(self, *, train_norms: bool = False) -> None:
+        self._model.load(self._state)
+        self._model.module.eval()
+        if train_norms:
+            for norm in self._norms:
+                norm.train()
 
     def _cached(
         self,
@@ -88,12 +248,8 @@ class GlobalModel:
         labels: NDArray[np.int64] | None,
     ) -> Outputs:
         if key not in self._outputs:
-            self._model.load(self._state)
-            self._model.module.eval()
-            for norm in self._norms:
-                norm.train()
+            self._load(train_norms=True)
             posterior, features = self._model.outputs(batches())
-            self._model.load_buffers(self._state[self._model.layout.parameters :])
             outputs = Outputs(posterior, features, labels)
             # They are handed to several attacks.
             for array in vars(outputs).values():
@@ -103,22 +259,77 @@ class GlobalModel:
         return self._outputs[key]
 
     def _dummy(self, kind: str, samples: int) -> torch.Tensor:
-        shape = (samples, *self._samples.shape)
+        shape, device = (samples, *self.shape), self._model.state.device
         if kind == "zeros":
-            return torch.zeros(shape, device=self._samples.device)
+            return torch.zeros(shape, device=device)
         if kind == "ones":
-            return torch.ones(shape, device=self._samples.device)
+            return torch.ones(shape, device=device)
         rng = stream(self._seed, Purpose.DUMMY, *self._key)
-        return torch.from_numpy(rng.random(shape, np.float32)).to(self._samples.device)
+        if kind == "random":
+            return torch.from_numpy(rng.random(shape, np.float32)).to(device)
+        if kind == "normal":
+            return torch.from_numpy(rng.standard_normal(shape, np.float32)).to(device)
+        raise ValueError(f"there are no dummy inputs {kind!r}")
 
     def _auxiliary_batches(self) -> Iterator[torch.Tensor]:
-        per_batch = len(self._auxiliary) // self.classes if self._norms else _BATCH
-        for start in range(0, len(self._auxiliary), per_batch):
-            yield self._samples.inputs(self._auxiliary[start : start + per_batch])
+        inputs, labels = self._auxiliary.inputs, self._auxiliary.labels
+        if self._norms:
+            # Sorted by class: a batch for each.
+            for part in np.split(np.arange(len(labels)), np.flatnonzero(np.diff(labels)) + 1):
+                yield inputs[torch.from_numpy(part)]
+            return
+        for start in range(0, len(labels), _BATCH):
+            yield inputs[start : start + _BATCH]
+
+
+class WhiteBoxModel:
+    """See `testbed.attacks.base.WhiteBox`."""
+
+    def __init__(self, model: FlatModel, shape: tuple[int, int, int]) -> None:
+        self._model = model
+        self.shape = shape
+        self.parameters = model.layout.parameters
+        self._trained = list(model.module.parameters())
+
+    def logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the logits [n, C]."""
+        logits: torch.Tensor = self._model.module(inputs)
+        return logits
+
+    def gradient(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the gradient [P] with its graph."""
+        parts = torch.autograd.grad(
+            loss, self._trained, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return torch.cat([part.reshape(-1) for part in parts])
+
+
+class _Collector:
+    """Sums of last-layer gradients, as an update has them."""
+
+    def __init__(self, simulations: int, classes: int, features: int) -> None:
+        self._weight = np.zeros((simulations, classes, features))
+        self._bias = np.zeros((simulations, classes))
+
+    def add(self, row: int, weight: NDArray[np.float64], bias: NDArray[np.float64]) -> None:
+        self._weight[row] += weight
+        self._bias[row] += bias
+
+    def result(self, steps: int, labels: int, statistics: NDArray[np.float32]) -> Observations:
+        single = self._weight.astype(np.float32)
+        return Observations(
+            row_sums=single.sum(axis=2, dtype=np.float64).astype(np.float32),
+            bias_gradient=self._bias.astype(np.float32),
+            weight_gradient=single,
+            labels=np.full(len(single), labels),
+            keys=np.arange(len(single)),
+            local_steps=steps,
+            statistics=statistics,
+        )
 
 
 class RestrictedAdversary:
-    """A global model behind what an attack declared to know.
+    """A global model behind what an attack declared to know; see `testbed.attacks.Adversary`.
 
     Parameters
     ----------
@@ -137,25 +348,70 @@ class RestrictedAdversary:
         self._knowledge = knowledge
         self.batch_size = batch_size
         self.seed = seed
+        self.local_steps, self.learning_rate = model.local_steps, model.learning_rate
 
     @property
     def classes(self) -> int:
         """Number of classes."""
         return self._model.classes
 
+    def head(self) -> Head:
+        """Return the last layer."""
+        return self._with(Knowledge.MODEL).head()
+
     def on_dummy(self, kind: str, samples: int) -> Outputs:
         """Return the model's outputs on dummy inputs."""
-        self._require(Knowledge.MODEL)
-        return self._model.on_dummy(kind, samples)
+        return self._with(Knowledge.MODEL).on_dummy(kind, samples)
 
     def on_auxiliary(self) -> Outputs:
         """Return the model's outputs on the auxiliary samples."""
-        self._require(Knowledge.AUXILIARY)
-        return self._model.on_auxiliary()
+        return self._with(Knowledge.AUXILIARY).on_auxiliary()
 
-    def _require(self, needed: Knowledge) -> None:
+    def after(self, update: NDArray[np.float32]) -> "RestrictedAdversary":
+        """Return the adversary at the model that a client ended with."""
+        later = self._with(Knowledge.MODEL).after(update)
+        return RestrictedAdversary(later, self._knowledge, self.batch_size, self.seed)
+
+    def simulate(self, batches: NDArray[np.int64]) -> Observations:
+        """Observe simulated clients."""
+        return self._with(Knowledge.AUXILIARY).simulate(batches)
+
+    def local_update(self, batches: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Train as a client does, on auxiliary samples."""
+        return self._with(Knowledge.AUXILIARY).local_update(batches)
+
+    def weight_gradient(self, update: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the last layer's weight gradient in a whole update."""
+        return self._model.weight_gradient(update)
+
+    def bias_gradient(self, update: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """Return the last layer's bias gradient in a whole update."""
+        return self._model.bias_gradient(update)
+
+    def statistics_sent(self) -> NDArray[np.float32]:
+        """Return the buffers that went out with the model."""
+        return self._with(Knowledge.MODEL).statistics_sent()
+
+    def momentum(self) -> NDArray[np.float32]:
+        """Return the weight of a new batch in each buffer's running average."""
+        return self._with(Knowledge.MODEL).momentum()
+
+    def logit_gradients(self) -> NDArray[np.float32]:
+        """Return the mean gradient of each logit over the auxiliary samples."""
+        return self._with(Knowledge.AUXILIARY).logit_gradients()
+
+    def planted(self) -> Planted:
+        """Return what was planted in the clients' models."""
+        return self._with(Knowledge.MALICIOUS).planted()
+
+    def white_box(self) -> WhiteBoxModel:
+        """Return the model itself."""
+        return self._with(Knowledge.MODEL).white_box()
+
+    def _with(self, needed: Knowledge) -> GlobalModel:
         if not self._knowledge.includes(needed):
             raise PermissionError(
                 f"the attack declares knowledge of {self._knowledge.value!r} and asks for "
                 f"{needed.value!r}: declare what it uses"
             )
+        return self._model

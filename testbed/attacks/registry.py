@@ -16,6 +16,12 @@ from testbed.errors import UserError, suggest
 _ATTACKS: dict[str, type[Attack]] = {}
 A = TypeVar("A", bound=Attack)
 
+# In the order of `testbed list attacks`.
+_FAMILIES = (
+    "baselines",
+    "llg",
+)
+
 
 def register(attack: type[A]) -> type[A]:
     """Make an attack available under its name; use it as a class decorator."""
@@ -27,9 +33,8 @@ def register(attack: type[A]) -> type[A]:
 
 def attacks() -> Mapping[str, type[Attack]]:
     """Return every registered attack by name."""
-    # The families register themselves on import.
-    from testbed.attacks import baselines, llg  # noqa: F401
-
+    for family in _FAMILIES:  # they register themselves on import
+        importlib.import_module(f"testbed.attacks.{family}")
     return dict(_ATTACKS)
 
 
@@ -78,5 +83,5 @@ def _import_attack(path: str) -> type[Attack]:
         raise UserError(f"attack {path!r} cannot be imported: {reason}") from None
     if not (isinstance(found, type) and issubclass(found, Attack)):
         raise UserError(f"attack {path!r} is no subclass of testbed.attacks.Attack")
-    check_declaration(path, found)
+    check_declaration(path, found.calibration_arrays)
     return found

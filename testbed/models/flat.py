@@ -96,7 +96,9 @@ class FlatModel:
         self.buffers.copy_(buffers)
         self._reset_counters()
 
-    def gradient(self, loss: torch.Tensor, out: torch.Tensor) -> None:
+    def gradient(
+        self, loss: torch.Tensor, out: torch.Tensor, *, retain_graph: bool = False
+    ) -> None:
         """Compute the gradient of a loss.
 
         Parameters
@@ -106,9 +108,17 @@ class FlatModel:
         out
             float32 [parameters], on the model's device: receives the gradient, zero where a
             parameter has no part in the loss.
+        retain_graph
+            Whether another gradient through the same graph will be asked for.
         """
         computed = iter(
-            torch.autograd.grad(loss, self._trained, allow_unused=True, materialize_grads=True)
+            torch.autograd.grad(
+                loss,
+                self._trained,
+                retain_graph=retain_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
         )
         total = len(self._trained) + len(self._zeros)
         parts = [

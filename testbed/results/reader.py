@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -63,6 +63,14 @@ class AttackInfo:
         ``gradients``, ``model`` or ``auxiliary``.
     options
         Its knobs.
+    answers
+        ``counts``, ``presence`` or ``distribution``: the name of the array with its answers.
+    observes, assumes
+        The parts of an update that it looks at, and what it takes for granted.
+    broken
+        Those of its assumptions that the scenario breaks, and what was found instead.
+    not_applicable
+        Why it was not run in this scenario; empty where it was.
     """
 
     name: str
@@ -70,6 +78,11 @@ class AttackInfo:
     knowledge: str
     source: str
     options: Mapping[str, Any]
+    answers: str = "counts"
+    observes: Sequence[str] = ()
+    assumes: Sequence[str] = ()
+    broken: Mapping[str, str] = field(default_factory=dict)
+    not_applicable: str = ""
 
 
 class Scenario:
@@ -370,7 +383,16 @@ def _attacks(group: h5py.Group) -> "dict[str, AttackInfo]":
 def _describe(group: h5py.Group) -> AttackInfo:
     _dispatch(group, "attack")
     attributes = {key: group.attrs[key] for key in ("name", "title", "knowledge", "source")}
-    return AttackInfo(**attributes, options=json.loads(group.attrs["options"]))
+    told = group.attrs  # version 1.0 said less
+    return AttackInfo(
+        **attributes,
+        options=json.loads(told["options"]),
+        answers=told.get("answers", "counts"),
+        observes=json.loads(told.get("observes", "[]")),
+        assumes=json.loads(told.get("assumes", "[]")),
+        broken=json.loads(told.get("broken_assumptions", "{}")),
+        not_applicable=told.get("not_applicable", ""),
+    )
 
 
 @_reads("truth", 1)

@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 
-FILE_ENCODING = ("testbed-results", "1.0")
+FILE_ENCODING = ("testbed-results", "1.1")
 # Of each dataset, beside its values: header, attributes, index of chunks; measured, rounded up.
 _STRUCTURE_BYTES = 2000
 PHASES = ("publish", "wait", "aggregate", "attack", "evaluate", "write")
 
-Calibrations = Mapping[str, tuple[tuple[str, ...], str]]
+Calibrations = Mapping[str, tuple[tuple[str | int, ...], str]]
+
+# What an attack answers: the array's name and type.
+ANSWERS = {"counts": "<i4", "presence": "|i1", "distribution": "<f8"}
+_ANONYMOUS = "length_"
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class ArraySpec:
     Attributes
     ----------
     axes
-        Names of the axes: ``round``, ``client``, ``class``, ``feature``.
+        Names of the axes: ``round``, ``client``, ``class``, ``feature``, ``buffer``,
+        ``parameter``; ``length_N`` is an axis of length N without a meaning of its own.
     dtype
         NumPy dtype string.
     compressed
@@ -44,7 +49,12 @@ class ArraySpec:
 
 
 def scenario_arrays(
-    *, bias: bool, weight: bool, calibrations: Mapping[str, Calibrations]
+    *,
+    bias: bool,
+    weight: bool,
+    attacks: Mapping[str, tuple[str, Calibrations]],
+    statistics: bool = False,
+    update: bool = False,
 ) -> dict[str, ArraySpec]:
     """Return the arrays of a scenario by path.
 
@@ -54,13 +64,19 @@ def scenario_arrays(
         Whether the last layer has one.
     weight
         Whether the last layer's weight gradients are kept.
-    calibrations
-        For each attack's label, the arrays of its calibration.
+    attacks
+        For each attack's label, what it answers (a key of `ANSWERS`), and the arrays of its
+        calibration.
+    statistics
+        Whether BatchNorm's statistics are kept.
+    update
+        Whether whole updates are kept.
     """
     per_class = ("round", "client", "class")
     arrays = {
         "truth/counts": ArraySpec(per_class, "<i4"),
         "truth/posterior": ArraySpec(per_class, "<f4"),
+        "observations/labels": ArraySpec(per_class[:2], "<i4"),
         "observations/row_sums": ArraySpec(per_class, "<f4"),
     }
     if bias:
@@ -69,11 +85,21 @@ def scenario_arrays(
         arrays["observations/weight_gradient"] = ArraySpec(
             (*per_class, "feature"), "<f4", compressed=False
         )
-    for label, calibration in calibrations.items():
-        arrays[f"attacks/{label}/counts"] = ArraySpec(per_class, "<i4")
+    if statistics:
+        arrays["observations/statistics"] = ArraySpec(
+            ("round", "client", "buffer"), "<f4", compressed=False
+        )
+        arrays["observations/statistics_sent"] = ArraySpec(("round", "buffer"), "<f4")
+    if update:
+        arrays["observations/update"] = ArraySpec(
+            ("round", "client", "parameter"), "<f4", compressed=False
+        )
+    for label, (answer, calibration) in attacks.items():
+        arrays[f"attacks/{label}/{answer}"] = ArraySpec(per_class, ANSWERS[answer])
         for name, (axes, dtype) in calibration.items():
+            named = [f"{_ANONYMOUS}{axis}" if isinstance(axis, int) else axis for axis in axes]
             arrays[f"attacks/{label}/calibration/{name}"] = ArraySpec(
-                ("round", *axes), np.dtype(dtype).newbyteorder("<").str
+                ("round", *named), np.dtype(dtype).newbyteorder("<").str
             )
         arrays[f"timings/attacks/{label}"] = ArraySpec(("round",), "<f8")
     for name in ("loss", "accuracy"):
@@ -92,7 +118,10 @@ def scenario_arrays(
 def used_lengths(arrays: Mapping[str, ArraySpec], lengths: Mapping[str, int]) -> dict[str, int]:
     """Return the lengths of those axes that some array has."""
     used = {axis for spec in arrays.values() for axis in spec.axes}
-    return {axis: length for axis, length in lengths.items() if axis in used}
+    anonymous = sorted(axis for axis in used if axis.startswith(_ANONYMOUS))
+    return {axis: length for axis, length in lengths.items() if axis in used} | {
+        axis: int(axis.removeprefix(_ANONYMOUS)) for axis in anonymous
+    }
 
 
 def uncompressed_bytes(arrays: Mapping[str, ArraySpec], lengths: Mapping[str, int]) -> int:
@@ -105,6 +134,7 @@ def uncompressed_bytes(arrays: Mapping[str, ArraySpec], lengths: Mapping[str, in
     lengths
         Length of each axis.
     """
+    lengths = used_lengths(arrays, lengths)
     values = sum(
         int(np.prod([lengths[axis] for axis in spec.axes])) * np.dtype(spec.dtype).itemsize
         for spec in arrays.values()

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,11 @@ class AttackHeader:
     knowledge: str
     source: str
     options: Mapping[str, Any]
+    answers: str = "counts"
+    observes: Sequence[str] = ()
+    assumes: Sequence[str] = ()
+    broken: Mapping[str, str] = field(default_factory=dict)
+    not_applicable: str = ""
 
 
 @dataclass(frozen=True)
@@ -329,6 +334,11 @@ class ResultsWriter:
             described.attrs["knowledge"] = attack.knowledge
             described.attrs["source"] = attack.source
             described.attrs["options"] = json.dumps(dict(attack.options))
+            described.attrs["answers"] = attack.answers
+            described.attrs["observes"] = json.dumps(list(attack.observes))
+            described.attrs["assumes"] = json.dumps(list(attack.assumes))
+            described.attrs["broken_assumptions"] = json.dumps(dict(attack.broken))
+            described.attrs["not_applicable"] = attack.not_applicable
             if "calibration" in described:
                 _encode(described["calibration"], "calibration")
 

@@ -1,0 +1,107 @@
+"""Models that are attacked at a stage of their training, which all ranks share out first."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from testbed.data import Sampler
+from testbed.plan import ScenarioPlan
+from testbed.seeds import Purpose, seed64, stream
+from testbed.startup import ScenarioSetup, Setups
+from testbed.transport.base import Transport
+
+State = NDArray[np.float32]
+
+
+class Pretraining:
+    """Trains the models of scenarios, each once, and keeps them on the root at every stage.
+
+    The model of round r is trained by rank r modulo the number of ranks; it depends on the seed
+    and on r alone.
+
+    Parameters
+    ----------
+    transport, setups
+        Of this rank.
+    plans
+        All scenarios of the run: those that differ in the number of steps share a training.
+    """
+
+    def __init__(self, transport: Transport, setups: Setups, plans: Sequence[ScenarioPlan]) -> None:
+        self._transport = transport
+        self._setups = setups
+        self._plans = plans
+        self._states: dict[tuple[str, int, int], State] = {}
+        self._done: set[str] = set()
+
+    def prepare(self, plan: ScenarioPlan, announce: Callable[[str], None] | None = None) -> None:
+        """Train what a scenario needs and has not been trained yet; every rank calls this.
+
+        Parameters
+        ----------
+        plan
+            The next scenario.
+        announce
+            Is told what is going on, on the root.
+        """
+        key = _key(plan)
+        if plan.pretraining_steps is None or key in self._done:
+            return
+        self._done.add(key)
+        sharing = [other for other in self._plans if _key(other) == key]
+        steps = sorted({other.pretraining_steps or 0 for other in sharing})
+        models = max(other.rounds if other.fresh_model else 1 for other in sharing)
+        if announce is not None and steps[-1]:
+            announce(f"training {models} model{'s' * (models > 1)} for {steps[-1]} steps")
+        setup = self._setups.make(plan)
+        mine = range(self._transport.rank, models, self._transport.size)
+        trained = {number: _train(plan, setup, number, steps) for number in mine}
+        for part in self._transport.gather(trained):
+            if self._transport.is_root:
+                for number, stages in part.items():
+                    for step, state in zip(steps, stages, strict=True):
+                        self._states[key, step, number] = state
+
+    def initial(self, plan: ScenarioPlan, number: int) -> State | None:
+        """Return a round's model on the root; None where the scenario has no pretraining."""
+        if plan.pretraining_steps is None:
+            return None
+        return self._states[_key(plan), plan.pretraining_steps, number]
+
+
+def _key(plan: ScenarioPlan) -> str:
+    scenario = plan.scenario
+    parts: list[Any] = [scenario.seed, scenario.data, scenario.model]
+    return repr([*parts, scenario.pretraining.model_copy(update={"steps": None})])
+
+
+def _train(
+    plan: ScenarioPlan, setup: ScenarioSetup, number: int, stages: Sequence[int]
+) -> list[State]:
+    """Return a model after each of the given numbers of steps, ascending."""
+    seed, section = plan.scenario.seed, plan.scenario.pretraining
+    model, samples = setup.model, setup.samples
+    split = setup.layout.parameters
+    start = torch.empty(setup.layout.size)
+    setup.initialise(start, plan.initial_key(number))
+    model.load(start)
+    model.module.train()
+    torch.default_generator.manual_seed(seed64(seed, Purpose.PRETRAINING, number, 1))
+    sampler = Sampler(samples.labels, setup.parts.victim, setup.layout.classes)
+    rng = stream(seed, Purpose.PRETRAINING, number)
+    gradient = torch.empty(split, device=model.state.device)
+    kept = []
+    done = 0
+    for stage in stages:
+        for _ in range(stage - done):
+            batch = sampler.draw("natural", section.batch_size, rng)
+            logits = model.module(samples.inputs(batch))
+            loss = torch.nn.functional.cross_entropy(logits, samples.targets(batch))
+            model.gradient(loss, gradient)
+            model.state[:split].sub_(gradient, alpha=section.learning_rate)
+        done = stage
+        kept.append(model.state.cpu().numpy().copy())
+    return kept
