@@ -72,8 +72,9 @@ def header_of(plan: ScenarioPlan, setup: ScenarioSetup) -> ScenarioHeader:
         arrays=scenario_arrays(
             bias=layout.bias is not None,
             weight=plan.keeps_weights,
-            calibrations={
-                label: attack.calibration_arrays for label, attack in setup.attacks.items()
+            attacks={
+                label: (attack.answers.value, attack.arrays())
+                for label, attack in setup.attacks.items()
             },
         ),
         attacks=attacks,

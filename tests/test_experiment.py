@@ -67,19 +67,26 @@ MESSAGES = [
     (
         "federation.round=3",
         "my.yaml: federation.round: unknown key 'round': did you mean 'rounds'? (known: algorithm, "
-        "attack_every, batch_size, clients, evaluate_every, fresh_model, learning_rate, rounds)",
+        "attack_every, batch_size, clients, evaluate_every, fresh_model, learning_rate, rounds, "
+        "share_statistics, statistics_noise)",
     ),
     ("federatoin.rounds=3", "my.yaml: federatoin: unknown key 'federatoin': did you mean 'feder"),
     ("data={name: digits, xyz: {a: 1}}", "my.yaml: data.xyz: unknown key 'xyz': known: aux"),
     # unknown names
     ("data.name=digit", "my.yaml: data.name: found 'digit': did you mean 'digits'? (known: cifar"),
     ("model.name=resnet", "my.yaml: model.name: found 'resnet': did you mean 'resnet20'? (known: "),
-    ("model.name=vgg", "my.yaml: model.name: found 'vgg': known: cnn, fcnn, lenet, resnet20, or "),
+    ("model.name=vgg", "my.yaml: model.name: found 'vgg': known: cnn, cnn_bn, cnn_gn, fcnn, lenet"),
     ("model.activation=rele", "my.yaml: model.activation: found 'rele': did you mean 'relu'? (kno"),
     ("model.init=unifrm", "my.yaml: model.init: found 'unifrm': did you mean 'uniform'? (known: t"),
     ("labels.distribution=balance", "my.yaml: labels.distribution: found 'balance': did you mean "),
     ("compute.device=gpu", "my.yaml: compute.device: found 'gpu': did you mean 'cpu'? (known: aut"),
-    ("results.observations=all", "my.yaml: results.observations: found 'all': known: last_layer, "),
+    ("results.observations=most", "my.yaml: results.observations: found 'most': known: full, last"),
+    ("adversary.batch_size=8", "my.yaml: adversary.batch_size: found 8: known: estimated, known"),
+    ("adversary.auxiliary_data=mnits", "my.yaml: adversary.auxiliary_data: found 'mnits': did yo"),
+    ("adversary.auxiliary_noise=-1", "my.yaml: adversary.auxiliary_noise: found -1: input should"),
+    ("adversary.batch_size_factor=0", "my.yaml: adversary.batch_size_factor: found 0: input shou"),
+    ("pretraining.steps=-1", "my.yaml: pretraining.steps: found -1: input should be greater than"),
+    ("pretraining.step=1", "my.yaml: pretraining.step: unknown key 'step': did you mean 'steps'?"),
     ("federation.algorithm=fedavg", "my.yaml: federation.algorithm: found 'fedavg': did you mean "),
     # wrong types
     ("federation.rounds=many", "my.yaml: federation.rounds: found 'many': input should be a valid"),

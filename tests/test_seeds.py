@@ -57,6 +57,9 @@ def test_purposes_keep_their_numbers() -> None:
         "LOCAL": 4,
         "ATTACK": 5,
         "DUMMY": 6,
+        "STATISTICS": 7,
+        "AUXILIARY": 8,
+        "PRETRAINING": 9,
     }
 
 

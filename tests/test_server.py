@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from small_run import RANKS, header_of, plan_of, setups_for
 from torch import nn
 
-from testbed import server
+from testbed.attacks import inference
 from testbed.attacks.adversary import GlobalModel, RestrictedAdversary
 from testbed.client import ClientWorker
 from testbed.failure import Position
@@ -304,7 +304,7 @@ def test_calibrations_are_of_the_round_s_model(tmp_path: Path) -> None:
     run = serve(tmp_path / "a.h5", "attacks=[llg_plus]", "federation.learning_rate=1")
     setup = run.setup
     attack = setup.attacks["llg_plus"]
-    adversary = GlobalModel(setup.model, setup.samples, setup.parts.auxiliary)
+    adversary = GlobalModel(setup.model, setup.auxiliary(), setup.samples.shape)
     for number in range(3):
         adversary.enter(run.models[number], 0, (0, number))
         expected = attack.calibrate(RestrictedAdversary(adversary, attack.knowledge, 4, 0))
@@ -327,7 +327,7 @@ def test_attacks_in_chunks_answer_the_same(tmp_path: Path, monkeypatch: pytest.M
     overrides = ("federation.clients=5", "attacks=[random, llg, llg_plus]", "federation.rounds=2")
     whole = serve(tmp_path / "whole.h5", *overrides)
     for chunk in (20, 1):  # two updates at once, and one
-        monkeypatch.setattr(server, "_CHUNK", chunk)
+        monkeypatch.setattr(inference, "_CHUNK", chunk)
         parts = serve(tmp_path / f"parts{chunk}.h5", *overrides)
         for label in ("random", "llg", "llg_plus"):
             name = f"attacks/{label}/counts"
@@ -337,7 +337,7 @@ def test_attacks_in_chunks_answer_the_same(tmp_path: Path, monkeypatch: pytest.M
 def test_a_last_layer_without_bias(tmp_path: Path) -> None:
     run = serve(tmp_path / "a.h5", "model.name=small_run:unbiased", "attacks=[llg, llg_plus]")
     with h5py.File(run.path) as file:
-        assert list(file["scenarios/0000/observations"]) == ["row_sums"]
+        assert list(file["scenarios/0000/observations"]) == ["labels", "row_sums"]
     for task, payload in run.updates.items():
         sums = run.setup.layout.weight_gradient(payload).sum(axis=1, dtype=float)
         found = run["observations/row_sums"][task.round, task.client]

@@ -11,7 +11,7 @@ from small_run import plan_of, setups_for
 from torch import nn
 
 from testbed.attacks import Knowledge, make_attack
-from testbed.attacks.adversary import GlobalModel, RestrictedAdversary
+from testbed.attacks.adversary import AuxiliarySamples, GlobalModel, RestrictedAdversary
 from testbed.data import load
 from testbed.models.build import initialise_uniform
 from testbed.models.flat import FlatModel
@@ -43,7 +43,7 @@ def state_of(setup: ScenarioSetup, key: int = 0) -> NDArray[np.float32]:
 
 
 def adversary_of(setup: ScenarioSetup, key: int = 0) -> GlobalModel:
-    model = GlobalModel(setup.model, setup.samples, setup.parts.auxiliary)
+    model = GlobalModel(setup.model, setup.auxiliary(), setup.samples.shape)
     model.enter(state_of(setup, key), 0, (0, key))
     return model
 
@@ -165,6 +165,8 @@ def test_an_attack_gets_what_it_declared(
         Knowledge.GRADIENTS: [],
         Knowledge.MODEL: [Knowledge.MODEL],
         Knowledge.AUXILIARY: [Knowledge.MODEL, Knowledge.AUXILIARY],
+        Knowledge.MALICIOUS: [Knowledge.MODEL, Knowledge.AUXILIARY],
+        Knowledge.TRUTH: [Knowledge.MODEL, Knowledge.AUXILIARY],
     }
     if asked in allowed[declared]:
         assert CALLS[asked](adversary).posterior.shape[1] == CLASSES
@@ -219,16 +221,30 @@ def test_outputs_are_those_of_the_model_that_was_entered(setup: ScenarioSetup) -
     np.testing.assert_array_equal(model.on_auxiliary().posterior, first)
 
 
-def test_running_statistics_are_left_alone(setup: ScenarioSetup) -> None:
-    model, split = adversary_of(setup), setup.layout.parameters
-    before = state_of(setup)[split:]
-    for run in (
-        lambda: model.on_dummy("random", 6),
-        model.on_auxiliary,
-        lambda: model.accuracy(setup.parts.test),
-    ):
-        run()
-        np.testing.assert_array_equal(setup.model.state[split:].numpy(), before)
+def test_what_ran_before_does_not_matter(setup: ScenarioSetup) -> None:
+    model = adversary_of(setup)
+    batches = np.arange(8).reshape(1, 2, 4) * 13
+
+    def accuracy() -> object:
+        return model.accuracy(setup.samples, setup.parts.test)
+
+    runs = {
+        "dummy": lambda: model.on_dummy("random", 6).features,
+        "auxiliary": lambda: model.on_auxiliary().features,
+        "accuracy": accuracy,
+        "simulate": lambda: model.simulate(batches).weight_gradient,
+        "local": lambda: model.local_update(batches[0]),
+        "logits": lambda: model.logit_gradients(),
+    }
+    alone = {}
+    for name, run in runs.items():
+        model.enter(state_of(setup), 0, (0, 0))
+        alone[name] = run()
+    for name in (*runs, *reversed(runs)):
+        np.testing.assert_array_equal(runs[name](), alone[name], err_msg=name)
+    np.testing.assert_array_equal(
+        model.statistics_sent(), state_of(setup)[setup.layout.parameters :]
+    )
 
 
 def test_running_statistics_are_not_used_for_calibrations(setup: ScenarioSetup) -> None:
@@ -248,7 +264,7 @@ def test_accuracy_is_that_in_inference_mode(setup: ScenarioSetup) -> None:
     right = guess == setup.samples.labels
     for indices in (everything, everything[:512], everything[600:601]):
         for _ in range(2):
-            assert model.accuracy(indices) == right[indices].mean()
+            assert model.accuracy(setup.samples, indices) == right[indices].mean()
             model.on_auxiliary()
             with torch.no_grad():  # the module may have been used for something else
                 setup.model.state.fill_(1)
@@ -277,7 +293,9 @@ def narrow() -> GlobalModel:
     model = FlatModel(module, find_last_layer(module, dataset.shape, CLASSES), torch.device("cpu"))
     initialise_uniform(model.state[: model.layout.parameters], 0)
     auxiliary = np.concatenate([np.flatnonzero(dataset.labels == c)[:5] for c in range(CLASSES)])
-    adversary = GlobalModel(model, Samples(dataset, torch.device("cpu")), auxiliary)
+    samples = Samples(dataset, torch.device("cpu"))
+    own = AuxiliarySamples(samples.inputs(auxiliary), dataset.labels[auxiliary])
+    adversary = GlobalModel(model, own, dataset.shape)
     adversary.enter(model.state.numpy().copy(), 0, (0, 0))
     return adversary
 
@@ -294,3 +312,136 @@ def test_one_dummy_input_suffices_with_norms_of_single_values(narrow: GlobalMode
 
 def test_dropout_is_off(narrow: GlobalModel) -> None:
     assert (narrow.on_auxiliary().features > 0).all()
+
+
+def grads_of(module: nn.Module, images: torch.Tensor, labels: NDArray[np.int64]) -> torch.Tensor:
+    loss = nn.functional.cross_entropy(module(images), torch.from_numpy(labels))
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, [*module.parameters()])])
+
+
+def client(
+    setup: ScenarioSetup, batches: NDArray[np.int64], rate: float
+) -> tuple[torch.Tensor, list[NDArray[np.float64]]]:
+    """Return a client's update over local steps by autograd, and the module's last buffers."""
+    module = reference_module(setup)
+    own, total = setup.auxiliary(), torch.zeros(setup.layout.parameters)
+    for chosen in batches:
+        gradient = grads_of(module, own.inputs[chosen], own.labels[chosen])
+        total += gradient
+        start = 0
+        with torch.no_grad():
+            for parameter in module.parameters():
+                stop = start + parameter.numel()
+                parameter -= rate * gradient[start:stop].view(parameter.shape)
+                start = stop
+    buffers = [b.numpy() for b in module.buffers() if b.is_floating_point()]
+    return total, [b.ravel() for b in buffers]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_local_updates_are_those_of_a_client(setup: ScenarioSetup, steps: int) -> None:
+    batches = np.random.default_rng(1).integers(CLASSES * PER_CLASS, size=(steps, BATCH))
+    model = adversary_of(setup)
+    total, buffers = client(setup, batches, model.learning_rate)
+    update = model.local_update(batches)
+    split = setup.layout.parameters
+    scale = float(total.abs().max())
+    np.testing.assert_allclose(update[:split], total.numpy(), rtol=1e-4, atol=1e-5 * scale)
+    np.testing.assert_allclose(update[split:], np.concatenate([*buffers, []]), rtol=1e-4, atol=1e-6)
+
+
+def test_simulated_updates_are_the_last_layer_of_a_client_s(setup: ScenarioSetup) -> None:
+    batches = np.random.default_rng(2).integers(CLASSES * PER_CLASS, size=(3, 1, BATCH))
+    model = adversary_of(setup)
+    seen = model.simulate(batches)
+    for row, batch in enumerate(batches):
+        update = model.local_update(batch)
+        weight, bias = model.weight_gradient(update), model.bias_gradient(update)
+        assert seen.weight_gradient is not None
+        scale = np.abs(weight).max()
+        np.testing.assert_allclose(seen.weight_gradient[row], weight, atol=1e-5 * scale)
+        np.testing.assert_allclose(seen.row_sums[row], weight.sum(axis=1), atol=1e-4 * scale)
+        np.testing.assert_allclose(seen.bias_gradient[row], bias, atol=1e-6)
+        if has_norms(setup):
+            assert seen.statistics is not None
+            sent = update[setup.layout.parameters :]
+            np.testing.assert_allclose(seen.statistics[row], sent, rtol=1e-5)
+        else:
+            assert seen.statistics is None
+    assert seen.labels.tolist() == [BATCH] * 3
+
+
+def test_several_simulated_steps_move_the_last_layer_alone(setup: ScenarioSetup) -> None:
+    batches = np.random.default_rng(3).integers(CLASSES * PER_CLASS, size=(1, 3, BATCH))
+    model = adversary_of(setup)
+    seen = model.simulate(batches)
+    module, own = reference_module(setup), setup.auxiliary()
+    last = module.get_submodule("classifier")
+    total = torch.zeros_like(last.weight)
+    for chosen in batches[0]:
+        targets = torch.from_numpy(own.labels[chosen])
+        loss = nn.functional.cross_entropy(module(own.inputs[chosen]), targets)
+        weight, bias = torch.autograd.grad(loss, [last.weight, last.bias])
+        total += weight
+        with torch.no_grad():
+            last.weight -= model.learning_rate * weight
+            last.bias -= model.learning_rate * bias
+    assert seen.local_steps == 3
+    assert seen.labels[0] == 3 * BATCH
+    scale = float(total.abs().max())
+    np.testing.assert_allclose(seen.weight_gradient[0], total.numpy(), atol=2e-4 * scale)
+
+
+def test_the_model_after_a_client_s_steps(setup: ScenarioSetup) -> None:
+    model = adversary_of(setup)
+    batches = np.arange(8).reshape(2, 4) * 11
+    update = model.local_update(batches)
+    later = model.after(update)
+    split = setup.layout.parameters
+    state = state_of(setup)
+    state[:split] -= model.learning_rate * update[:split]
+    state[split:] = update[split:]
+    again = adversary_of(setup)
+    again.enter(state, 0, (0, 0))
+    np.testing.assert_allclose(later.on_auxiliary().posterior, again.on_auxiliary().posterior)
+    np.testing.assert_array_equal(later.head().weight, again.head().weight)
+    np.testing.assert_array_equal(later.statistics_sent(), update[split:])
+    # The model before is what it was.
+    np.testing.assert_array_equal(model.statistics_sent(), state_of(setup)[split:])
+
+
+def test_logit_gradients_lead_to_the_gradient_of_one_sample(setup: ScenarioSetup) -> None:
+    if has_norms(setup):
+        return  # in a batch with norms, samples have no gradients of their own
+    one = setup.auxiliary()
+    model = GlobalModel(
+        setup.model, AuxiliarySamples(one.inputs[:1], one.labels[:1]), setup.samples.shape
+    )
+    model.enter(state_of(setup), 0, (0, 0))
+    residual = model.on_auxiliary().posterior[0] - np.eye(CLASSES)[one.labels[0]]
+    expected = model.local_update(np.zeros((1, 1), np.int64))[: setup.layout.parameters]
+    np.testing.assert_allclose(residual @ model.logit_gradients(), expected, atol=1e-5)
+
+
+def test_the_momentum_of_each_buffer(setup: ScenarioSetup, narrow: GlobalModel) -> None:
+    found = adversary_of(setup).momentum()
+    assert found.shape == (setup.layout.buffers,)
+    assert (found == np.float32(0.1)).all()
+    assert narrow.momentum().tolist() == [np.float32(0.1)] * 32
+
+
+def test_only_a_malicious_server_plants_models(setup: ScenarioSetup) -> None:
+    model = adversary_of(setup)
+    with pytest.raises(PermissionError, match="asks for 'malicious'"):
+        RestrictedAdversary(model, Knowledge.AUXILIARY, BATCH, 0).planted()
+    with pytest.raises(PermissionError, match="the same model"):
+        RestrictedAdversary(model, Knowledge.MALICIOUS, BATCH, 0).planted()
+
+
+def test_a_white_box_differentiates_its_gradient(setup: ScenarioSetup) -> None:
+    box = RestrictedAdversary(adversary_of(setup), Knowledge.MODEL, BATCH, 0).white_box()
+    inputs = torch.rand((2, *box.shape), requires_grad=True)
+    gradient = box.gradient(nn.functional.cross_entropy(box.logits(inputs), torch.tensor([1, 4])))
+    assert gradient.shape == (box.parameters,)
+    (second,) = torch.autograd.grad(gradient.square().sum(), [inputs])
+    assert second.abs().max() > 0

@@ -1,12 +1,24 @@
 """Attacks that answer wrongly, or reach for what they should not, end the run with their name."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 import pytest
 from launching import run_testbed, write_experiment
 
 from analysis import load
-from testbed.attacks import Observations, attacks
-from testbed.attacks.checks import check_calibration, check_counts, check_declaration
+from testbed.attacks import (
+    Answer,
+    Attack,
+    Knowledge,
+    LabelCounts,
+    LabelDistribution,
+    LabelPresence,
+    Observations,
+    attacks,
+)
+from testbed.attacks.checks import check_answer, check_calibration, check_declaration
 from testbed.errors import UserError
 
 OBSERVED = Observations(np.zeros((2, 3)), None, None, np.array([4, 4]), np.arange(2))
@@ -38,35 +50,80 @@ class Mine(Attack):
 )
 def test_counts_that_are_none(counts, message):
     with pytest.raises(UserError) as error:
-        check_counts("mine", counts, OBSERVED)
+        check_answer("mine", attacks()["llg"](), LabelCounts(counts), OBSERVED)
     assert "attack 'mine'" in str(error.value)
     assert message in str(error.value)
 
 
 def test_counts_that_are_some():
-    check_counts("mine", np.array([[4, 0, 0], [1, 1, 2]]), OBSERVED)
+    counts = LabelCounts(np.array([[4, 0, 0], [1, 1, 2]]))
+    check_answer("mine", attacks()["llg"](), counts, OBSERVED)
+
+
+@dataclass(frozen=True)
+class Sees(Attack):
+    name: ClassVar = "sees"
+    title: ClassVar = "Sees"
+    knowledge: ClassVar = Knowledge.GRADIENTS
+    source: ClassVar = "this test"
+    answers: ClassVar = Answer.PRESENCE
+
+    def infer(self, observations, calibration):
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Shares(Sees):
+    answers: ClassVar = Answer.DISTRIBUTION
+
+
+def test_presence_and_shares_that_are_some():
+    check_answer("mine", Sees(), LabelPresence(np.zeros((2, 3), bool)), OBSERVED)
+    check_answer("mine", Shares(), LabelDistribution(np.full((2, 3), 1 / 3)), OBSERVED)
+
+
+@pytest.mark.parametrize(
+    ("attack", "answer", "message"),
+    [
+        (Sees(), LabelCounts(np.full((2, 3), 4)), "LabelCounts, but the attack declares"),
+        (Sees(), np.zeros((2, 3), bool), "ndarray, but the attack declares"),
+        (Sees(), LabelPresence(np.zeros((2, 3))), "float64 for presence, expected bool"),
+        (Sees(), LabelPresence(np.zeros((3, 2), bool)), "(3, 2), expected presence (2, 3)"),
+        (Shares(), LabelDistribution(np.full((2, 3), 0.5)), "sum to 1"),
+        (Shares(), LabelDistribution(np.full((2, 3), np.nan)), "sum to 1"),
+        (Shares(), LabelDistribution(np.array([[2, -1, 0.0]] * 2)), "none negative"),
+    ],
+)
+def test_presence_and_shares_that_are_none(attack, answer, message):
+    with pytest.raises(UserError) as error:
+        check_answer("mine", attack, answer, OBSERVED)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("calibration", "message"),
     [
-        ({}, "declares ['impact', 'offset']"),
+        ({}, "['impact', 'offset'] are declared"),
         ({"impact": np.zeros(1), "offset": np.zeros(3)}, "'offset' has shape (3,)"),
         ({"impact": np.zeros(2), "offset": np.zeros((1, 3))}, "'impact' has shape (2,)"),
     ],
 )
 def test_calibrations_that_are_not_as_declared(calibration, message):
     with pytest.raises(UserError) as error:
-        check_calibration("mine", attacks()["llg_plus"](), calibration)
+        check_calibration("mine", attacks()["llg_plus"](), calibration, {"class": 3})
     assert message in str(error.value)
 
 
 def test_declarations_of_axes_that_do_not_exist():
     wrong = type("Wrong", (), {"calibration_arrays": {"x": (("sample",), "f8")}})
     with pytest.raises(UserError, match="expected axes among"):
-        check_declaration("mine", wrong)
+        check_declaration("mine", wrong.calibration_arrays)
+    with pytest.raises(UserError, match="client first"):
+        check_declaration("mine", {"x": (("class", "client"), "f8")})
+    with pytest.raises(UserError, match="a dtype among"):
+        check_declaration("mine", {"x": (("class",), "f4")})
     for name, attack in attacks().items():
-        check_declaration(name, attack)
+        check_declaration(name, attack().arrays())
 
 
 def run_with(tmp_path, body, attack_list):

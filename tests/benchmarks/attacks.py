@@ -180,7 +180,7 @@ def calibration(data: Path, batch_size: int, repetitions: int) -> list[str]:
         setups = Setups(LocalTransport(), torch.device("cpu"))
         setups.load_data([plan])
         setup = setups.make(plan)
-        model = GlobalModel(setup.model, setup.samples, setup.parts.auxiliary)
+        model = GlobalModel(setup.model, setup.auxiliary(), setup.samples.shape)
         state = torch.empty(setup.layout.size)
         setup.initialise(state, plan.initial_key(0))
 

@@ -22,7 +22,7 @@ from testbed.errors import UserError
 from testbed.results import writer as writer_module
 from testbed.results.opening import open_file
 from testbed.results.provenance import provenance
-from testbed.results.schema import scenario_arrays, uncompressed_bytes
+from testbed.results.schema import FILE_ENCODING, Calibrations, scenario_arrays, uncompressed_bytes
 from testbed.results.writer import (
     AttackHeader,
     RankHeader,
@@ -33,16 +33,39 @@ from testbed.results.writer import (
     partial_path,
 )
 
-LENGTHS = {"round": 7, "client": 3, "class": 4, "feature": 5}
+LENGTHS = {
+    "round": 7,
+    "client": 3,
+    "class": 4,
+    "feature": 5,
+    "buffer": 7,
+    "parameter": 107,
+    "length_4": 4,
+}
 ATTACKS = {
     "llg": AttackHeader("llg", "LLG", "gradients", "a paper", {}),
     "plus": AttackHeader("llg_plus", "LLG+", "auxiliary", "a paper", {"scaling": "consistent"}),
     "random": AttackHeader("random", "Random", "gradients", "", {}),
+    "sees": AttackHeader("sees", "Sees", "gradients", "", {}, answers="presence"),
+    "shares": AttackHeader(
+        "shares",
+        "Shares",
+        "model",
+        "",
+        {},
+        answers="distribution",
+        observes=["whole update"],
+        assumes=["distinct labels"],
+        broken={"distinct labels": "8 labels"},
+        not_applicable="",
+    ),
 }
-CALIBRATIONS: Mapping[str, Mapping[str, tuple[tuple[str, ...], str]]] = {
-    "llg": {},
-    "plus": {"impact": ((), "f8"), "offset": (("class",), "f8")},
-    "random": {"seed": ((), "u8")},
+DECLARED: Mapping[str, tuple[str, Calibrations]] = {
+    "llg": ("counts", {}),
+    "plus": ("counts", {"impact": ((), "f8"), "offset": (("class",), "f8")}),
+    "random": ("counts", {"seed": ((), "u8")}),
+    "sees": ("presence", {}),
+    "shares": ("distribution", {"basis": (("client", "class", 4), "f8")}),
 }
 HEADER = ScenarioHeader(
     swept={"federation.batch_size": 4},
@@ -51,14 +74,14 @@ HEADER = ScenarioHeader(
     model_buffers=7,
     last_layer="classifier",
     lengths=LENGTHS,
-    arrays=scenario_arrays(bias=True, weight=True, calibrations=CALIBRATIONS),
+    arrays=scenario_arrays(bias=True, weight=True, statistics=True, update=True, attacks=DECLARED),
     attacks=ATTACKS,
 )
 SMALL = replace(
     HEADER,
     swept={},
     lengths={"round": 2, "client": 1, "class": 3},
-    arrays=scenario_arrays(bias=False, weight=False, calibrations={"llg": {}}),
+    arrays=scenario_arrays(bias=False, weight=False, attacks={"llg": ("counts", {})}),
     attacks={"llg": ATTACKS["llg"]},
 )
 RANKS = [
@@ -134,7 +157,8 @@ def test_arrays_have_the_declared_axes_types_and_fills(tmp_path: Path) -> None:
                 expected = np.full(dataset.shape, FILLS[dataset.dtype.kind], dataset.dtype)
                 np.testing.assert_array_equal(dataset[...], expected)
                 assert dataset.fletcher32
-                assert (dataset.compression == "gzip") == ("weight_gradient" not in name)
+                large = ("weight_gradient", "observations/statistics", "observations/update")
+                assert (dataset.compression == "gzip") == (not name.endswith(large))
             for axis, length in header.lengths.items():
                 np.testing.assert_array_equal(group[axis][...], np.arange(length))
                 assert group[axis].dtype == np.int64
@@ -151,7 +175,7 @@ def test_arrays_are_those_of_the_format() -> None:
             names = [name.strip("`")]
             if names == ["timings/NAME"]:
                 names = [f"timings/{phase}" for phase in re.findall("`([a-z]+)`", meaning)]
-            kind = axes.replace(" [, class] [, feature]", "").split(", "), dtype.split(" or ")
+            kind = axes.partition(" [")[0].split(", "), dtype.split(" or ")
             described |= dict.fromkeys(names, kind)
     found: set[str] = set()
     for array, spec in HEADER.arrays.items():
@@ -159,7 +183,8 @@ def test_arrays_are_those_of_the_format() -> None:
         general = re.sub("calibration/[a-z]+", "calibration/NAME", general)
         general_axes, dtypes = described[general]
         assert list(spec.axes[: len(general_axes)]) == general_axes, array
-        assert spec.axes[len(general_axes) :] in ((), ("class",)), array
+        more = spec.axes[len(general_axes) :]
+        assert more in ((), ("class",), ("client", "class", "length_4")), array
         assert np.dtype(spec.dtype).name in dtypes, array
         assert spec.dtype[0] in "<|", array
         found.add(general)
@@ -188,7 +213,7 @@ def test_groups_say_how_they_are_encoded(tmp_path: Path) -> None:
         expected |= {f"{scenario}/{name}": name for name in own}
         expected[f"{scenario}/timings/attacks"] = "attack-timings"
         expected |= {f"{scenario}/attacks/{label}": "attack" for label in header.attacks}
-    for label in ("plus", "random"):
+    for label in ("plus", "random", "shares"):
         expected[f"scenarios/0000/attacks/{label}/calibration"] = "calibration"
     found = {}
     with h5py.File(tmp_path / "a.h5") as file:
@@ -198,7 +223,7 @@ def test_groups_say_how_they_are_encoded(tmp_path: Path) -> None:
         )
         for name, group in groups.items():
             found[name] = group.attrs["encoding-type"]
-            assert group.attrs["encoding-version"] == "1.0"
+            assert group.attrs["encoding-version"] == FILE_ENCODING[1]
     assert found == expected
 
 
@@ -219,6 +244,11 @@ def test_attributes(tmp_path: Path) -> None:
             "knowledge": "auxiliary",
             "source": "a paper",
         }
+        shares = dict(file["scenarios/0000/attacks/shares"].attrs)
+        assert (shares["answers"], shares["not_applicable"]) == ("distribution", "")
+        assert json.loads(shares["observes"]) == ["whole update"]
+        assert json.loads(shares["assumes"]) == ["distinct labels"]
+        assert json.loads(shares["broken_assumptions"]) == {"distinct labels": "8 labels"}
 
 
 def test_ranks(tmp_path: Path) -> None:
