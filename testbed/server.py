@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from testbed.attacks.adversary import GlobalModel, RestrictedAdversary
 from testbed.attacks.assumptions import Facts, not_applicable
 from testbed.attacks.base import Attack, Observations, Observed
+from testbed.attacks.batch_size import estimate_labels
 from testbed.attacks.checks import check_calibration
 from testbed.attacks.inference import infer_in_chunks
 from testbed.failure import Position
@@ -288,8 +289,6 @@ class ScenarioServer:
         steps = self._plan.local_steps
         labels = np.full(len(seen), self._plan.labels_per_update)
         if self._estimates and record.weight is not None:
-            from testbed.attacks.batch_size import estimate_labels
-
             bias = None if record.bias is None else record.bias[seen]
             labels = estimate_labels(record.weight[seen], bias, steps)
         factor = self._plan.scenario.adversary.batch_size_factor

@@ -95,7 +95,7 @@ class GlobalModel:
             local_steps=self.local_steps,
             learning_rate=self.learning_rate,
         )
-        shared = torch.from_numpy(np.ascontiguousarray(update))
+        shared = torch.from_numpy(np.array(update, np.float32))
         later._state[:split] = self._state[:split] - self.learning_rate * shared[:split]
         later._state[split:] = shared[split:]
         later._seed, later._key = self._seed, self._key

@@ -65,6 +65,7 @@ def class_means(outputs: Outputs) -> ClassMeans:
     present = size > 0
 
     def mean(values: Floats) -> Floats:
+        values = np.where(np.isfinite(values), values, np.nan)  # of a model that diverged
         means: Floats = member.T @ values / np.maximum(size, 1)[:, None]
         means[~present] = means[present].mean(axis=0)
         return means

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from typing_extensions import override
 
+from testbed.attacks.auxiliary import class_means
 from testbed.attacks.base import (
     Adversary,
-    Array,
+    Assumption,
     Attack,
     Calibration,
     Knowledge,
@@ -25,34 +26,54 @@ from testbed.attacks.base import (
     Observations,
     Outputs,
 )
-from testbed.attacks.decoding import decode
+from testbed.attacks.decoding import decode, decode_released
+from testbed.attacks.estimation import column, float64
 from testbed.attacks.registry import register
 
 _PAPER = "Wainakh et al., PoPETs 2022(2)"
 
 
+@dataclass(frozen=True)
+class _LLG(Attack):
+    """What all variants share."""
+
+    source: ClassVar[str] = _PAPER
+    assumes: ClassVar = frozenset({Assumption.NON_NEGATIVE_FEATURES})
+    calibrated_by: ClassVar[tuple[str, ...]] = ()
+
+
 @register
 @dataclass(frozen=True)
-class LLG(Attack):
-    """LLG with the shared gradients alone: the impact is estimated from the negative row sums."""
+class LLG(_LLG):
+    """LLG with the shared gradients alone: the impact is estimated from the negative row sums.
+
+    Attributes
+    ----------
+    variant
+        The paper's decoding, or breaching's ("wainakh-simple"), whose second step is wrong: see
+        `testbed.attacks.decoding.decode_released`.
+    """
+
+    variant: Literal["corrected", "released"] = "corrected"
 
     name: ClassVar[str] = "llg"
     title: ClassVar[str] = "LLG"
     knowledge: ClassVar[Knowledge] = Knowledge.GRADIENTS
-    source: ClassVar[str] = _PAPER
 
     @override
     def infer(self, observations: Observations, calibration: Calibration) -> LabelCounts:
         """Infer with ``m = (1 + 1/C) / N * (sum of the negative row sums)`` and no offset."""
-        g = _float64(observations.row_sums)
+        g = float64(observations.row_sums)
         xp = array_namespace(g)
         negative = xp.sum(xp.clip(g, max=0.0), axis=1)
-        impact = negative * (1 + 1 / g.shape[1]) / xp.astype(observations.labels, g.dtype)
+        impact = negative * (1 + 1 / g.shape[1]) / column(observations.labels, g)[:, 0]
+        if self.variant == "released":
+            return LabelCounts(decode_released(g, impact, observations.labels))
         return LabelCounts(decode(g, impact, xp.zeros_like(g), observations.labels))
 
 
 @dataclass(frozen=True)
-class _CalibratedLLG(Attack):
+class _CalibratedLLG(_LLG):
     """What LLG* and LLG+ share: impact and offset come from the global model.
 
     Attributes
@@ -73,10 +94,7 @@ class _CalibratedLLG(Attack):
     @override
     def calibrate(self, adversary: Adversary) -> Calibration:
         outputs = self._outputs(adversary)
-        mass = outputs.features.sum(axis=1)
-        # Row sums of a batch of class c alone, the mean over all such batches: [class of the
-        # batch, class of the row].
-        pure = _pure_row_sums(outputs.posterior, mass, outputs.labels)
+        pure = _pure_row_sums(outputs)
         classes = adversary.classes
         own = np.trace(pure)
         impact = own / (classes * adversary.batch_size) * (1 + 1 / classes)
@@ -85,7 +103,7 @@ class _CalibratedLLG(Attack):
 
     @override
     def infer(self, observations: Observations, calibration: Calibration) -> LabelCounts:
-        g = _float64(observations.row_sums)
+        g = float64(observations.row_sums)
         xp = array_namespace(g)
         impact = xp.asarray(calibration["impact"], dtype=g.dtype, device=device(g))
         offset = xp.asarray(calibration["offset"], dtype=g.dtype, device=device(g))
@@ -115,7 +133,7 @@ class LLGStar(_CalibratedLLG):
     name: ClassVar[str] = "llg_star"
     title: ClassVar[str] = "LLG*"
     knowledge: ClassVar[Knowledge] = Knowledge.MODEL
-    source: ClassVar[str] = _PAPER
+    calibrated_by: ClassVar = ("dummy", "samples")
 
     @override
     def _outputs(self, adversary: Adversary) -> Outputs:
@@ -130,33 +148,22 @@ class LLGPlus(_CalibratedLLG):
     name: ClassVar[str] = "llg_plus"
     title: ClassVar[str] = "LLG+"
     knowledge: ClassVar[Knowledge] = Knowledge.AUXILIARY
-    source: ClassVar[str] = _PAPER
 
     @override
     def _outputs(self, adversary: Adversary) -> Outputs:
         return adversary.on_auxiliary()
 
 
-def _pure_row_sums(
-    posterior: NDArray[np.float64], mass: NDArray[np.float64], labels: NDArray[np.int64] | None
-) -> NDArray[np.float64]:
-    """Return the expected row sums [C, C] of class-pure batches, in closed form.
+def _pure_row_sums(outputs: Outputs) -> NDArray[np.float64]:
+    """Return the expected row sums of class-pure batches, [class of the batch, class of the row].
 
     The last layer's gradient of one sample is ``(p - onehot(y)) h^T``, so the mean over batches
     drawn from the samples of a class is the mean over these samples: no backward pass is run, and
     no batch need be drawn. Without labels (dummy inputs) every class is given the same inputs.
     """
-    classes = posterior.shape[1]
-    weighted = posterior * mass[:, None]
-    if labels is None:
-        same = np.tile(weighted.mean(axis=0), (classes, 1))
-        return np.asarray(same - np.eye(classes) * mass.mean())
-    member = np.eye(classes)[labels]
-    size = member.sum(axis=0)
-    mean_mass = member.T @ mass / size
-    return np.asarray(member.T @ weighted / size[:, None] - np.diag(mean_mass))
-
-
-def _float64(array: Array) -> Array:
-    xp = array_namespace(array)
-    return xp.astype(array, xp.float64)
+    if outputs.labels is None:
+        mass = outputs.features.sum(axis=1)
+        mean = (outputs.posterior * mass[:, None]).mean(axis=0)
+        return np.asarray(mean[None, :] - np.eye(len(mean)) * mass.mean())
+    means = class_means(outputs)
+    return means.weighted - np.diag(means.mass)

@@ -6,9 +6,12 @@ import numpy as np
 
 
 def decode_by_loop(row_sums, impact, offset, labels):
-    """Return the counts of one update; arithmetic is exact, ties go to the smallest index."""
+    """Return the counts of one update; arithmetic is exact, ties go to the smallest index.
+
+    ``impact`` is a number, or one per class.
+    """
     raw = [Fraction(float(value)) for value in row_sums]
-    m = Fraction(float(impact))
+    m = [Fraction(float(value)) for value in np.broadcast_to(impact, len(raw))]
     g = [value - Fraction(float(s)) for value, s in zip(raw, offset, strict=True)]
     counts = np.zeros(len(raw), np.int64)
     left = int(labels)
@@ -16,9 +19,9 @@ def decode_by_loop(row_sums, impact, offset, labels):
         if left == 0:
             break
         counts[c] += 1
-        g[c] -= m
+        g[c] -= m[c]
         left -= 1
-    if m == 0:  # where the published loop would repeat one class: spread by the order of g
+    if not any(m):  # where the published loop would repeat one class: spread by the order of g
         order = sorted(range(len(g)), key=lambda c: (g[c], c))
         for turn in range(left):
             counts[order[turn % len(g)]] += 1
@@ -26,7 +29,25 @@ def decode_by_loop(row_sums, impact, offset, labels):
     while left > 0:
         c = min(range(len(g)), key=lambda c: (g[c], c))
         counts[c] += 1
+        g[c] -= m[c]
+        left -= 1
+    return counts
+
+
+def decode_released_by_loop(row_sums, impact, labels):
+    """Return the counts of one update as breaching has them: step two lowers the last class."""
+    m = Fraction(float(impact))
+    g = [Fraction(float(value)) for value in row_sums]
+    counts = np.zeros(len(g), np.int64)
+    left = int(labels)
+    for c in sorted((c for c, value in enumerate(g) if value < 0), key=lambda c: (g[c], c))[:left]:
+        counts[c] += 1
         g[c] -= m
+        left -= 1
+    while left > 0:
+        c = min(range(len(g)), key=lambda c: (g[c], c))
+        counts[c] += 1
+        g[-1] -= m
         left -= 1
     return counts
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from definition import decode_by_loop, has_near_tie
+from definition import decode_by_loop, decode_released_by_loop, has_near_tie
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from testbed.attacks.decoding import decode
+from testbed.attacks.decoding import decode, decode_released
 
 CLASSES = st.integers(1, 12)
 
@@ -123,3 +123,76 @@ def test_a_million_labels_take_no_longer_than_one():
     assert counts.sum(axis=1).tolist() == [10**6] * 3
     level = row_sums + 0.01 * counts
     assert (level.max(axis=1) - level.min(axis=1) <= 0.01 + 1e-9).all()
+
+
+# An impact for each class
+
+
+@st.composite
+def steps_by_class(draw):
+    row_sums, _, offset, labels = draw(gridded_updates().filter(lambda u: u[0].shape[1] > 1))
+    impacts = st.sampled_from([-4.0, -1, -0.5, -0.125])
+    return row_sums, draw(hnp.arrays(np.float64, row_sums.shape, elements=impacts)), offset, labels
+
+
+@given(steps_by_class())
+def test_an_impact_per_class_equals_the_loop_exactly_ties_included(update):
+    row_sums, impact, offset, labels = update
+    counts = decode(row_sums, impact, offset, labels)
+    torch_counts = decode(*(torch.from_numpy(array.copy()) for array in update))
+    assert torch_counts.tolist() == counts.tolist()
+    for row in range(len(labels)):
+        expected = decode_by_loop(row_sums[row], impact[row], offset[row], labels[row])
+        assert counts[row].tolist() == expected.tolist()
+
+
+@given(st.integers(2, 30), st.integers(0, 500), st.integers(0, 2**32 - 1))
+def test_an_impact_per_class_fills_up_to_one_level(classes, labels, seed):
+    rng = np.random.default_rng(seed)
+    value = rng.normal(size=(3, classes)) * rng.choice([1e-3, 1.0, 1e6])
+    step = 10.0 ** rng.uniform(-4, 1, size=(3, classes))
+    counts = decode(np.abs(value), -step, np.zeros((3, classes)), np.full(3, labels))
+    assert counts.sum(axis=1).tolist() == [labels] * 3
+    following = np.abs(value) + counts * step
+    taken = np.where(counts > 0, following - step, -np.inf)
+    assert (taken.max(axis=1) <= following.min(axis=1) * (1 + 1e-12)).all()
+
+
+def test_equal_impacts_per_class_are_one_impact():
+    rng = np.random.default_rng(2)
+    row_sums, offset, labels = rng.normal(size=(20, 7)), rng.normal(size=(1, 7)), np.full(20, 40)
+    shared = decode(row_sums, np.array([-0.3]), offset, labels)
+    by_class = decode(row_sums, np.full((1, 7), -0.3), offset, labels)
+    assert (shared == by_class).all()
+
+
+def test_a_million_labels_with_an_impact_per_class():
+    rng = np.random.default_rng(1)
+    row_sums, step = rng.normal(size=(3, 1000)), rng.uniform(0.001, 0.1, size=(3, 1000))
+    counts = decode(row_sums, -step, np.zeros((3, 1000)), np.full(3, 10**6))
+    assert counts.sum(axis=1).tolist() == [10**6] * 3
+    following = row_sums + step * counts
+    assert ((following - step).max(axis=1) <= following.min(axis=1) + 1e-9).all()
+
+
+# Breaching's decoding
+
+
+@given(gridded_updates())
+def test_the_released_decoding_equals_breaching_s_loop(update):
+    row_sums, impact, _, labels = update
+    impact = np.minimum(impact, 0)
+    counts = decode_released(row_sums, impact, labels)
+    torch_counts = decode_released(
+        *(torch.from_numpy(array.copy()) for array in (row_sums, impact, labels))
+    )
+    assert torch_counts.tolist() == counts.tolist()
+    for row in range(len(labels)):
+        expected = decode_released_by_loop(row_sums[row], impact[row], labels[row])
+        assert counts[row].tolist() == expected.tolist()
+
+
+def test_the_released_decoding_gives_one_class_all_that_remain():
+    row_sums, impact, labels = np.array([[-3.0, -2.5, 5.5]]), np.array([-1.0]), np.array([9])
+    assert decode_released(row_sums, impact, labels).tolist() == [[8, 1, 0]]
+    assert decode(row_sums, impact, np.zeros((1, 3)), labels).tolist() == [[5, 4, 0]]

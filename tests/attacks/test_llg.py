@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from definition import decode_by_loop
+from definition import decode_by_loop, decode_released_by_loop, has_near_tie
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from testbed.attacks import Knowledge, Observations, Outputs, attacks, make_attack
 from testbed.attacks.decoding import decode
+from testbed.attacks.metrics import asr
 from testbed.errors import UserError
 
 ORACLE = Path(__file__).parent / "oracle"
@@ -171,6 +171,46 @@ def test_the_batch_size_enters_the_calibration_as_one_over_b(seed, batch_size):
     np.testing.assert_array_equal(many["offset"], one["offset"])
 
 
+def test_a_class_without_auxiliary_samples_is_taken_for_the_mean_of_the_others():
+    outputs = random_outputs(6)
+    kept = outputs.labels != 2
+    adversary = SimpleNamespace(
+        classes=4,
+        batch_size=8,
+        on_auxiliary=lambda: Outputs(
+            outputs.posterior[kept], outputs.features[kept], outputs.labels[kept]
+        ),
+    )
+    weighted, mass = np.empty((4, 4)), np.empty(4)
+    for c in (0, 1, 3):
+        own = outputs.labels == c
+        h = outputs.features[own].sum(axis=1)
+        weighted[c], mass[c] = (outputs.posterior[own] * h[:, None]).mean(axis=0), h.mean()
+    weighted[2], mass[2] = weighted[[0, 1, 3]].mean(axis=0), mass[[0, 1, 3]].mean()
+    pure = weighted - np.diag(mass)
+    calibration = make_attack("llg_plus", {}).calibrate(adversary)
+    np.testing.assert_allclose(calibration["impact"], np.trace(pure) / 32 * 1.25)
+    offset = (pure.sum(axis=0) - np.diagonal(pure)) / 3
+    np.testing.assert_allclose(calibration["offset"], [offset])
+
+
+# Breaching's decoding
+
+
+def test_the_released_variant_repeats_one_class():
+    data, row_sums, labels = oracle_cases("llg_mnist.npz")
+    released = make_attack("llg", {"variant": "released"})
+    found = released.infer(observe(row_sums, labels), {}).counts
+    classes = row_sums.shape[1]
+    impact = np.clip(row_sums.astype(float), None, 0).sum(axis=1) * (1 + 1 / classes) / labels
+    for row in range(len(labels)):
+        expected = decode_released_by_loop(row_sums[row], impact[row], labels[row])
+        assert found[row].tolist() == expected.tolist()
+    large = labels >= 8
+    success = asr(data["true"], found)[large].mean()
+    assert success < asr(data["true"], data["llg"])[large].mean() - 0.1
+
+
 # Updates of several local steps
 
 
@@ -228,8 +268,6 @@ def test_permuting_the_classes_permutes_the_counts(batch, random):
     impact = np.clip(g, None, 0).sum() * (1 + 1 / len(g)) / labels
     assume(impact < 0)
     value = g - impact * (g < 0)
-    from definition import has_near_tie
-
     assume(not has_near_tie(value, impact, np.zeros_like(g), labels))
     assume((np.diff(np.sort(g)) > 1e-12).all())
     order = list(range(len(g)))
@@ -238,38 +276,6 @@ def test_permuting_the_classes_permutes_the_counts(batch, random):
     plain = attack.infer(observe(g, labels), {}).counts[0]
     permuted = attack.infer(observe(g[order], labels), {}).counts[0]
     assert plain[order].tolist() == permuted.tolist()
-
-
-@pytest.mark.parametrize("name", sorted(attacks()))
-def test_a_batch_of_updates_is_inferred_as_each_alone(name):
-    rng = np.random.default_rng(5)
-    adversary = FixedAdversary(6, 16, rng.dirichlet(np.ones(6)), rng.uniform(0, 1, 4))
-    attack = make_attack(name, {})
-    calibration = attack.calibrate(adversary)
-    row_sums = rng.normal(size=(40, 6)).astype(np.float32)
-    labels = rng.integers(1, 200, size=40)
-    together = Observations(row_sums, None, None, labels, np.arange(40) * 3)
-    counts = attack.infer(together, calibration).counts
-    assert counts.dtype == np.int64
-    assert counts.sum(axis=1).tolist() == labels.tolist()
-    for row in range(40):
-        alone = attack.infer(together.rows(slice(row, row + 1)), calibration).counts
-        assert alone[0].tolist() == counts[row].tolist()
-
-
-@pytest.mark.parametrize("name", ["llg", "llg_plus"])
-def test_torch_observations_give_torch_counts(name):
-    rng = np.random.default_rng(8)
-    adversary = FixedAdversary(6, 16, rng.dirichlet(np.ones(6)), rng.uniform(0, 1, 4))
-    attack = make_attack(name, {})
-    calibration = attack.calibrate(adversary)
-    row_sums = rng.normal(size=(9, 6)).astype(np.float32)
-    labels, keys = np.full(9, 16), np.arange(9)
-    expected = attack.infer(Observations(row_sums, None, None, labels, keys), calibration)
-    tensors = [torch.from_numpy(array) for array in (row_sums, labels, keys)]
-    found = attack.infer(Observations(tensors[0], None, None, *tensors[1:]), calibration)
-    assert isinstance(found.counts, torch.Tensor)
-    assert found.counts.tolist() == expected.counts.tolist()
 
 
 # The published implementation's answers on real updates
@@ -320,6 +326,11 @@ def test_decoding_the_oracle_equals_the_loop():
 # Declarations
 
 
+def test_calibrations_depend_on_the_knobs_of_the_inputs_alone():
+    declared = {name: attacks()[name].calibrated_by for name in ("llg", "llg_star", "llg_plus")}
+    assert declared == {"llg": (), "llg_star": ("dummy", "samples"), "llg_plus": ()}
+
+
 def test_knowledge_is_declared():
     known = {name: attack.knowledge for name, attack in attacks().items()}
     assert known["random"] is known["llg"] is Knowledge.GRADIENTS
@@ -333,7 +344,10 @@ def test_knowledge_is_declared():
     ("name", "options", "message"),
     [
         ("llg_pluss", {}, "unknown attack 'llg_pluss': did you mean 'llg_plus'"),
-        ("llg", {"dummy": "zeros"}, "attack 'llg' has no option 'dummy': it has no options"),
+        ("llg", {"dummy": "zeros"}, "attack 'llg' has no option 'dummy': known: variant"),
+        ("llg_plus", {"samples": 3}, "attack 'llg_plus' has no option 'samples': known: scaling"),
+        ("random", {"seed": 3}, "attack 'random' has no option 'seed': it has no options"),
+        ("llg", {"variant": "fixed"}, "option 'variant': found 'fixed'"),
         ("llg_star", {"dumy": "ones"}, "no option 'dumy': did you mean 'dummy'"),
         ("llg_star", {"dummy": "twos"}, "option 'dummy': found 'twos'"),
         ("llg_star", {"samples": 0}, "option 'samples': found 0"),
