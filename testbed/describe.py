@@ -1,10 +1,12 @@
 """What an experiment would do, and what there is to choose from. Costs neither torch nor MPI."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import islice
 
 from testbed.attacks import Assumption, Observed, attacks
+from testbed.attacks.assumptions import Facts, broken_assumptions, not_applicable
 from testbed.data import DATASETS, describe
 from testbed.experiment import ResolvedExperiment
 from testbed.models.catalog import MODELS, check_input
@@ -42,6 +44,7 @@ def describe_experiment(resolved: ResolvedExperiment) -> str:
         "",
         "labels: that one update gives away; update: its length on the wire; size: of the "
         "scenario's arrays",
+        *_notes(plans),
     ]
     return "\n".join(lines)
 
@@ -70,6 +73,42 @@ def describe_known(kind: str) -> str:
             classes = str(data.classes) if data.classes else "of the file"
             rows.append([data.name, classes, shape, data.root or "-", data.description])
     return "\n".join(_table(rows))
+
+
+def _notes(plans: Sequence[ScenarioPlan]) -> list[str]:
+    """Return which attacks will be left out and which assumptions broken, as far as is known."""
+    found: Counter[str] = Counter()
+    for plan in plans:
+        facts = _facts(plan)
+        if facts is None:
+            continue
+        for section in plan.scenario.attacks:
+            attack = section.make()
+            reason = not_applicable(attack, facts)
+            if reason:
+                found[f"{section.label} is not run: {reason}"] += 1
+                continue
+            for assumption in broken_assumptions(attack, facts):
+                found[f"{section.label} assumes {assumption}, which does not hold"] += 1
+    return [f"note: {text} (in {count} of {len(plans)} scenarios)" for text, count in found.items()]
+
+
+def _facts(plan: ScenarioPlan) -> Facts | None:
+    """Return what is known of a scenario before its model is built."""
+    classes, shape = describe(plan.scenario.data.name, plan.scenario.data.root)
+    info = MODELS.get(plan.scenario.model.name)
+    if info is None or classes is None or shape is None:
+        return None
+    adversary = plan.scenario.adversary
+    return Facts(
+        classes=classes,
+        features=info.features(shape),
+        bias=True,
+        statistics=info.buffers if plan.scenario.federation.share_statistics else 0,
+        batch_size=plan.scenario.federation.batch_size,
+        local_steps=plan.local_steps,
+        known_size=adversary.batch_size == "known" and adversary.batch_size_factor == 1,
+    )
 
 
 def _row(plan: ScenarioPlan) -> list[str]:

@@ -165,3 +165,29 @@ def test_list_of_datasets_tells_shapes_and_roots() -> None:
     assert (rows["mnist"]["classes"], rows["mnist"]["image"]) == ("10", "1x28x28")
     assert (rows["digits"]["data.root"], rows["npz"]["data.root"]) == ("-", "file")
     assert rows["npz"]["classes"] == "of the file"
+
+
+def test_what_attacks_presume_and_will_not_find_is_noted() -> None:
+    text = describe_experiment(
+        resolve(
+            "attacks=[llg, idlg, batchnorm]",
+            "sweep={federation.batch_size: [1, 8], model.name: [cnn, resnet20]}",
+        )
+    )
+    notes = [line for line in text.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: batchnorm is not run: no BatchNorm statistics come with the updates "
+        "(in 2 of 4 scenarios)",
+        "note: idlg assumes one label per update, which does not hold (in 2 of 4 scenarios)",
+    ]
+
+
+def test_whole_updates_are_in_the_size() -> None:
+    sizes = {}
+    for kept in ("summary", "last_layer", "full"):
+        overrides = (f"results.observations={kept}", "model.name=fcnn", "federation.rounds=50")
+        (row,) = table(describe_experiment(resolve(*overrides)))
+        sizes[kept] = in_bytes(row["size"])
+        update = in_bytes(row["update"])
+    assert sizes["last_layer"] - sizes["summary"] == pytest.approx(100 * 4 * 10 * 588, rel=0.02)
+    assert sizes["full"] - sizes["last_layer"] == pytest.approx(100 * update, rel=0.02)
