@@ -153,7 +153,8 @@ def test_lists_have_all_names(kind: str, names: dict[str, object]) -> None:
 
 def test_list_of_attacks_tells_options_and_knowledge() -> None:
     rows = {row["name"]: row for row in table(describe_known("attacks"))}
-    assert rows["llg"]["options"] == "-"
+    assert rows["random"]["options"] == "-"
+    assert rows["llg"]["options"] == "variant=corrected"
     assert "dummy=zeros" in rows["llg_star"]["options"]
     assert rows["llg_star"]["knows"] == "model"
     assert rows["llg_plus"]["knows"] == "auxiliary"

@@ -364,7 +364,7 @@ class Adversary(Protocol):
         """
 
     def logit_gradients(self) -> NDArray[np.float32]:
-        """Return the mean gradient of each logit over the auxiliary samples.
+        """Return the mean gradient of each logit over some auxiliary samples of every class.
 
         float32 [C, P]: gradients of all parameters, C backward passes (`Knowledge.AUXILIARY`).
         """
