@@ -87,7 +87,7 @@ _CHECKS: Mapping[Assumption, Callable[[Facts], str]] = {
     ),
     Assumption.FEWER_LABELS_THAN_RANK: lambda facts: (
         ""
-        if facts.labels < min(facts.classes, facts.features)
+        if facts.labels < min(facts.classes - 1, facts.features)
         else f"{_labels(facts)}, rank at most {min(facts.classes - 1, facts.features)}"
     ),
     Assumption.ABSENT_CLASS: _absent,

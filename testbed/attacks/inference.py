@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from testbed.attacks.base import Attack, Calibration, Observations
 from testbed.attacks.checks import check_answer
 
-# Attacks work on at most this many (update, class) pairs at once.
-_CHUNK = 1 << 20
+# Attacks work on at most this many values of the observations at once.
+_CHUNK = 1 << 24
 
 
 def infer_in_chunks(
@@ -39,7 +39,8 @@ def infer_in_chunks(
     """
     updates, classes = observations.row_sums.shape
     each = [name for name, (axes, _) in attack.arrays().items() if axes[:1] == ("client",)]
-    step = max(1, _CHUNK // classes)
+    weight = observations.weight_gradient
+    step = max(1, _CHUNK // (classes if weight is None else weight[0].size))
     answers = []
     for start in range(0, updates, step):
         chosen = slice(start, start + step)

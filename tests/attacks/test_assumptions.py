@@ -42,8 +42,8 @@ class Assumes(Attack):
         (Assumption.DISTINCT_LABELS, FACTS, {"batch_size": 4}, "may repeat"),
         (
             Assumption.FEWER_LABELS_THAN_RANK,
-            replace(FACTS, batch_size=9),
-            {"batch_size": 10},
+            replace(FACTS, batch_size=8),
+            {"batch_size": 9},
             "at most 9",
         ),
         (
