@@ -7,5 +7,6 @@ Needs neither torch nor MPI, and works on files that are still being written.
 """
 
 from analysis.load import load
+from analysis.updates import attack_update
 
-__all__ = ["load"]
+__all__ = ["attack_update", "load"]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m analysis show|table|figures FILE...``."""
+"""The command line: ``python -m analysis show|table|figures|replay|attack``."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.commands import COMMANDS, add_parsers
 from testbed.errors import UserError
 
 _STYLES = ("text", "csv", "markdown", "latex")
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        {"show": _show, "table": _table, "figures": _figures}[arguments.command](arguments)
+        commands = {"show": _show, "table": _table, "figures": _figures, **COMMANDS}
+        commands[arguments.command](arguments)
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,17 +59,39 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument(
         "--metric", default="asr", metavar="NAME", help="metric to show (default: asr)"
     )
+    table.add_argument(
+        "--rows",
+        choices=("auto", "scenarios", "attacks"),
+        default="auto",
+        help="what has a row of its own (default: attacks where there are more than 8)",
+    )
+    table.add_argument(
+        "--per-seed",
+        action="store_true",
+        help="keep scenarios apart that differ in the seed alone (default: average them)",
+    )
     table.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to a file")
     figures = commands.add_parser(
-        "figures", help="success against batch size, gradients against number of occurrences"
+        "figures",
+        help="success against batch size, stage of training and the like, or as a matrix of all "
+        "attacks and scenarios; gradients against number of occurrences",
     )
     figures.add_argument(
         "-o", "--output", type=Path, metavar="DIR", required=True, help="folder to write to"
     )
     figures.add_argument("--format", choices=_FORMATS, default="png", help="(default: png)")
+    for command in (table, figures):
+        command.add_argument(
+            "--attacks", type=_labels, default=[], metavar="A,B,...", help="these attacks alone"
+        )
     for command in (show, table, figures):
         command.add_argument("files", nargs="+", metavar="FILE", help="results file")
+    add_parsers(commands)
     return parser
+
+
+def _labels(text: str) -> list[str]:
+    return [label.strip() for label in text.split(",") if label.strip()]
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -78,9 +102,13 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _table(arguments: argparse.Namespace) -> None:
     from analysis.load import load_attacked
+    from analysis.scenarios import choose_attacks
     from analysis.table import render
 
-    text = render(load_attacked(*arguments.files), arguments.format, arguments.metric)
+    frame = choose_attacks(load_attacked(*arguments.files), arguments.attacks)
+    text = render(
+        frame, arguments.format, arguments.metric, arguments.rows, per_seed=arguments.per_seed
+    )
     _note_incomplete(arguments.files)
     if arguments.output is None:
         print(text, end="")
@@ -94,7 +122,7 @@ def _table(arguments: argparse.Namespace) -> None:
 def _figures(arguments: argparse.Namespace) -> None:
     from analysis.figures import figures
 
-    for path in figures(arguments.files, arguments.output, arguments.format):
+    for path in figures(arguments.files, arguments.output, arguments.format, arguments.attacks):
         print(path)
     _note_incomplete(arguments.files)
 

@@ -1,0 +1,401 @@
+"""Runs attacks again on the observations of a results file, into a results file of the same kind.
+
+NumPy only: no model is run. What an attack derived from the model is taken from the file.
+"""
+
+import json
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.choice import Replayed, replayed_attacks
+from testbed.errors import UserError
+
+if TYPE_CHECKING:
+    from analysis.stored import StoredScenario
+    from testbed.attacks import Attack, Calibration, Observations
+    from testbed.results.reader import Results
+    from testbed.results.writer import AttackHeader, ResultsWriter, ScenarioHeader
+
+# Of a block of rounds, all arrays together; a single round may be larger.
+_BLOCK_BYTES = 1 << 27
+
+
+def replay(
+    path: str | Path,
+    output: str | Path,
+    attacks: Sequence[str | Mapping[str, Any]],
+    *,
+    only: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Run attacks on the stored observations, and write their answers beside the stored ones.
+
+    With the same observations and calibration, answers are those of the run, to the bit.
+
+    Parameters
+    ----------
+    path
+        A results file, complete or not; committed rounds are used.
+    output
+        The new file: everything of the old one but for weight gradients, whole updates and
+        BatchNorm's statistics, and the new answers.
+    attacks
+        Names or import paths, or mappings as in an experiment file: ``name``, ``label``, options;
+        beside these ``calibration``, the label of the stored attack whose calibration to use. By
+        default that is one of the same name and the same options, as far as they decide on it.
+        An attack that knows the gradients alone makes its own.
+    only
+        Whether the stored attacks are left out of the new file.
+    overwrite
+        Whether the new file may replace one that exists.
+
+    Returns
+    -------
+    Path
+        Of the new file.
+
+    Raises
+    ------
+    UserError
+        A file cannot be read or written, an attack or its options are unknown, a label exists
+        already, or the file lacks an observation or a calibration.
+    """
+    from analysis.stored import StoredScenario
+    from testbed.results.opening import open_file
+    from testbed.results.reader import open_results
+    from testbed.results.writer import RankHeader, ResultsWriter, partial_path
+
+    chosen, output = replayed_attacks(attacks), Path(output)
+    with open_results(path) as results, open_file(results.path) as file:
+        if results.path.resolve() in (output.resolve(), partial_path(output).resolve()):
+            raise UserError(f"{output}: this is the file to replay: choose another name")
+        scenarios = [
+            _Scenario(StoredScenario(scenario, file), str(results.path), chosen, only=only)
+            for scenario in results.scenarios
+        ]
+        writer = ResultsWriter(
+            output,
+            attributes=_attributes(results, chosen),
+            ranks=[
+                RankHeader(rank.host, rank.device, rank.role, rank.local_rank)
+                for rank in results.ranks
+            ],
+            scenarios=[scenario.header for scenario in scenarios],
+            overwrite=overwrite,
+        )
+        try:
+            with _threads(str(results.attributes.get("experiment", ""))):
+                for scenario in scenarios:
+                    scenario.write(writer)
+            writer.complete()
+        except BaseException:
+            writer.close()
+            # Unlike a run's, these rounds are made again in no time.
+            partial_path(output).unlink(missing_ok=True)
+            raise
+    return output
+
+
+class _Scenario:
+    """A scenario to copy, and the attacks to run in it."""
+
+    def __init__(
+        self, stored: "StoredScenario", path: str, chosen: Sequence[Replayed], *, only: bool
+    ) -> None:
+        from testbed.attacks.assumptions import not_applicable
+
+        self._stored = stored
+        self._where = f"{path}: scenario {stored.scenario.index}"
+        kept = () if only else tuple(stored.scenario.attacks)
+        for one in chosen:
+            if one.label in kept:
+                raise UserError(
+                    f"{path} holds answers of an attack {one.label!r} already: give the new one "
+                    "another name with --label, or leave all stored ones out with --only"
+                )
+        self._idle = {one.label: not_applicable(one.attack, stored.facts) for one in chosen}
+        self._active = [one for one in chosen if not self._idle[one.label]]
+        for one in self._active:
+            self._require_observations(one)
+        # Per label: whose calibration to use, or None for one to be made.
+        self._sources = {one.label: self._source(one) for one in self._active}
+        self._copied = stored.copied(kept)
+        self.header = self._header(chosen, kept)
+
+    def write(self, writer: "ResultsWriter") -> None:
+        """Append all committed rounds."""
+        scenario = self._stored.scenario
+        used = {"updates/finite", "truth/counts", *self._observed()}
+        for one in self._active:
+            source = self._sources[one.label]
+            if source is not None:
+                used |= {f"attacks/{source}/calibration/{name}" for name in one.attack.arrays()}
+        read = sorted(used | self._copied.keys())
+        step = max(1, _BLOCK_BYTES // self._stored.bytes_per_round(read))
+        for start in range(0, scenario.committed, step):
+            stop = min(start + step, scenario.committed)
+            block = {name: scenario.array(name, start, stop) for name in read}
+            for number in range(start, stop):
+                rows = {name: values[number - start] for name, values in block.items()}
+                copied: dict[str, Any] = {name: rows[name] for name in self._copied}
+                writer.append(scenario.index, number, copied | self._run(number, rows))
+
+    def _run(self, number: int, rows: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        """Return what the attacks add to a round; nothing where no update was attacked."""
+        from testbed.attacks.checks import check_calibration
+        from testbed.attacks.inference import infer_in_chunks
+
+        attacked: NDArray[np.bool_] = np.all(rows["truth/counts"] >= 0, axis=-1)
+        seen = np.flatnonzero((rows["updates/finite"] == 1) & attacked)
+        if len(seen) == 0:
+            return {}
+        whole = self._observations(rows, seen)
+        clients, lengths = len(attacked), {**self._stored.lengths, "client": len(seen)}
+        added: dict[str, Any] = {}
+        for one in self._active:
+            started = time.perf_counter()
+            label, attack, source = one.label, one.attack, self._sources[one.label]
+            observations = whole.restricted(attack)
+            each = {name for name, (axes, _) in attack.arrays().items() if axes[:1] == ("client",)}
+            if source is None:
+                calibration = self._calibrate(one, number, observations)
+            else:
+                calibration = {}
+                for name in attack.arrays():
+                    values = rows[f"attacks/{source}/calibration/{name}"]
+                    calibration[name] = values[seen] if name in each else values[None]
+            check_calibration(label, attack, calibration, lengths)
+            answers = infer_in_chunks(label, attack, observations, calibration)
+            added[f"attacks/{label}/{attack.answers.value}"] = _spread(answers, seen, clients)
+            for name, values in calibration.items():
+                row = _spread(values, seen, clients) if name in each else values[0]
+                added[f"attacks/{label}/calibration/{name}"] = row
+            added[f"timings/attacks/{label}"] = time.perf_counter() - started
+        return added
+
+    def _calibrate(self, one: Replayed, number: int, observations: "Observations") -> "Calibration":
+        """Make a calibration that takes no model, with the seed that a run would have used."""
+        from testbed.attacks.offline import ArrayAdversary, NotGivenError
+        from testbed.seeds import Purpose, seed64
+
+        scenario, steps = self._stored.scenario, self._stored.facts.local_steps
+        key = (scenario.index, number, zlib.crc32(one.label.encode()))
+        adversary = ArrayAdversary(
+            one.attack.knowledge,
+            scenario.classes,
+            batch_size=max(1, round(float(np.median(observations.labels)) / steps)),
+            local_steps=steps,
+            learning_rate=float(scenario.parameters.get("federation.learning_rate", 0.1)),
+            seed=seed64(int(scenario.parameters.get("seed", 0)), Purpose.ATTACK, *key),
+        )
+        try:
+            return {
+                **one.attack.calibrate(adversary),
+                **one.attack.calibrate_updates(adversary, observations),
+            }
+        except NotGivenError as error:
+            raise UserError(f"{self._where}: attack {one.label!r}: {error}") from None
+
+    def _observations(
+        self, rows: Mapping[str, NDArray[Any]], seen: NDArray[np.int64]
+    ) -> "Observations":
+        from testbed.attacks import Observations
+
+        def part(name: str) -> NDArray[Any] | None:
+            return rows[name][seen] if name in rows else None
+
+        labels = part("observations/labels")
+        if labels is None:  # version 1.0, in which the server always knew
+            labels = np.full(len(seen), self._stored.facts.labels)
+        observations = Observations(
+            row_sums=rows["observations/row_sums"][seen],
+            bias_gradient=part("observations/bias_gradient"),
+            weight_gradient=part("observations/weight_gradient"),
+            labels=labels.astype(np.int64),
+            keys=seen,
+            local_steps=self._stored.facts.local_steps,
+            statistics=part("observations/statistics"),
+            update=part("observations/update"),
+            posterior=part("truth/posterior"),
+        )
+        for array in vars(observations).values():
+            if isinstance(array, np.ndarray):
+                array.flags.writeable = False
+        return observations
+
+    def _observed(self) -> set[str]:
+        """Return the paths of what the attacks look at, as far as there is such a thing."""
+        names = {"observations/row_sums", "observations/labels", "truth/posterior"}
+        names |= {path for one in self._active for path in _observed_paths(one.attack)}
+        return names & self._stored.arrays.keys()
+
+    def _require_observations(self, one: Replayed) -> None:
+        for path, kept_by in _observed_paths(one.attack).items():
+            if path not in self._stored.arrays:
+                raise UserError(
+                    f"{self._where} has no {path}, which the attack {one.label!r} looks at: a run "
+                    f"with results.observations={kept_by} keeps it"
+                )
+
+    def _source(self, one: Replayed) -> str | None:
+        from testbed.attacks import Knowledge
+
+        declared, stored = set(one.attack.arrays()), self._stored
+        attacks = stored.scenario.attacks
+        fitting: list[str] = [label for label in attacks if declared == stored.calibration(label)]
+        if one.calibration:
+            if one.calibration in fitting:
+                return one.calibration
+            found = sorted(stored.calibration(one.calibration))
+            raise UserError(
+                f"{self._where}: the attack {one.label!r} needs a calibration with the arrays "
+                f"{sorted(declared)}, that of {one.calibration!r} has {found} (stored attacks "
+                f"with such arrays: {', '.join(fitting) or 'none'})"
+            )
+        if not declared:
+            return None
+        decisive = one.attack.calibrated_by
+        # As they are stored: a tuple becomes a list.
+        options = json.loads(json.dumps(one.attack.options()))
+        wanted = {name: options[name] for name in (options if decisive is None else decisive)}
+        namesakes = {
+            label: {name: attacks[label].options.get(name) for name in wanted}
+            for label in fitting
+            if attacks[label].name == one.attack.name
+        }
+        for label, stored_options in namesakes.items():
+            if stored_options == wanted:
+                return label
+        if one.attack.knowledge is Knowledge.GRADIENTS:
+            return None
+        others = "; ".join(f"{label!r} has {_listed(has)}" for label, has in namesakes.items())
+        raise UserError(
+            f"{self._where} has no calibration for the attack {one.label!r} with "
+            f"{_listed(wanted)}, which takes the model: add the attack to the run, or name a "
+            f"stored attack with --calibration (of the same name: {others or 'none'})"
+        )
+
+    def _header(self, chosen: Sequence[Replayed], kept: Sequence[str]) -> "ScenarioHeader":
+        from testbed.results.schema import scenario_arrays, used_lengths
+        from testbed.results.writer import AttackHeader, ScenarioHeader
+
+        stored, scenario = self._stored, self._stored.scenario
+        made = scenario_arrays(
+            bias=False,
+            weight=False,
+            attacks={
+                one.label: (
+                    one.attack.answers.value,
+                    {} if self._idle[one.label] else one.attack.arrays(),
+                )
+                for one in chosen
+            },
+        )
+        new = {path: spec for path, spec in made.items() if "attacks/" in path}
+        arrays = {**self._copied, **new}
+        listed = scenario.parameters.get("attacks") or ()
+        entries = [entry for entry in listed if _label(entry) in kept]
+        lengths = {"feature": stored.facts.features, **stored.lengths}
+        return ScenarioHeader(
+            swept=scenario.swept,
+            parameters={
+                **scenario.parameters,
+                "attacks": [*entries, *(one.entry for one in chosen)],
+            },
+            model_parameters=int(stored.attributes["model_parameters"]),
+            model_buffers=int(stored.attributes["model_buffers"]),
+            last_layer=str(stored.attributes["last_layer"]),
+            lengths=used_lengths(arrays, lengths),
+            arrays=arrays,
+            attacks={
+                **{label: AttackHeader(**vars(scenario.attacks[label])) for label in kept},
+                **{one.label: self._described(one) for one in chosen},
+            },
+        )
+
+    def _described(self, one: Replayed) -> "AttackHeader":
+        from testbed.results.writer import AttackHeader
+
+        attack = one.attack
+        return AttackHeader(
+            name=attack.name,
+            title=attack.title,
+            knowledge=attack.knowledge.value,
+            source=attack.source,
+            options=attack.options(),
+            answers=attack.answers.value,
+            observes=sorted(part.value for part in attack.observes),
+            assumes=sorted(assumption.value for assumption in attack.assumes),
+            broken=self._stored.broken(attack),
+            not_applicable=self._idle[one.label],
+        )
+
+
+def _observed_paths(attack: "Attack") -> dict[str, str]:
+    """Return the arrays that an attack looks at, and which setting keeps those not always kept."""
+    from testbed.attacks import Observed
+
+    paths = {
+        Observed.BIAS_GRADIENT: ("bias_gradient", "summary"),
+        Observed.WEIGHT_GRADIENT: ("weight_gradient", "last_layer"),
+        Observed.STATISTICS: ("statistics", "last_layer"),
+        Observed.UPDATE: ("update", "full"),
+    }
+    shown = [paths[part] for part in Observed if part in attack.observes and part in paths]
+    return {f"observations/{name}": kept_by for name, kept_by in shown}
+
+
+def _spread(values: NDArray[Any], seen: NDArray[np.int64], clients: int) -> NDArray[Any]:
+    """Return values of the attacked updates as those of all clients, as the server does."""
+    if values.dtype == np.bool_:
+        values = values.astype(np.int8)
+    fill = {"f": np.nan, "i": -1, "u": 0}[values.dtype.kind]
+    spread = np.full((clients, *values.shape[1:]), fill, values.dtype)
+    spread[seen] = values
+    return spread
+
+
+def _attributes(results: "Results", chosen: Sequence[Replayed]) -> dict[str, str]:
+    """Return the run's attributes, and the provenance of this replay and those before it."""
+    from testbed.results.provenance import provenance
+
+    now = provenance(results.title, "", "")
+    kept = ("created", "command", "software_version", "git_commit", "dependencies")
+    this = {"from": results.path.name, "attacks": [one.label for one in chosen]}
+    before = json.loads(results.attributes.get("replays", "[]"))
+    return {
+        **results.attributes,
+        "replayed_from": results.path.name,
+        "replays": json.dumps([*before, this | {name: now[name] for name in kept}]),
+    }
+
+
+def _threads(experiment: str) -> AbstractContextManager[object]:
+    """Compute with as many threads as the run did, on which the last bits depend."""
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:  # it comes with what runs need, and replays do without
+        return nullcontext()
+    from testbed.sweep import parse_yaml
+
+    try:
+        threads = int(parse_yaml(experiment, "experiment")["compute"]["threads"])
+    except (UserError, TypeError, KeyError, ValueError):
+        threads = 1
+    limits: AbstractContextManager[object] = threadpool_limits(threads)
+    return limits
+
+
+def _label(entry: object) -> str:
+    return str(entry.get("label", "")) if isinstance(entry, Mapping) else ""
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"

@@ -1,0 +1,165 @@
+"""What a replay has to know of a stored scenario: its arrays, and the facts behind assumptions."""
+
+from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from testbed.attacks import Assumption, Attack
+from testbed.attacks.assumptions import Facts, broken_assumptions
+from testbed.attacks.base import Knowledge
+from testbed.data import DATASETS, describe
+from testbed.errors import UserError
+from testbed.models.catalog import MODELS
+from testbed.results.reader import Scenario
+from testbed.results.schema import ArraySpec
+
+if TYPE_CHECKING:
+    import h5py
+
+_LARGE = {
+    "observations/weight_gradient",
+    "observations/update",
+    "observations/statistics",
+    "observations/statistics_sent",
+}
+# Where nothing tells D, assumptions about it are taken to hold.
+_UNKNOWN_FEATURES = 1 << 31
+
+
+class StoredScenario:
+    """A scenario of a results file, with its schema.
+
+    Parameters
+    ----------
+    scenario
+        To read arrays from.
+    file
+        The same file.
+
+    Attributes
+    ----------
+    attributes
+        Of the scenario's group.
+    lengths
+        Of its axes.
+    arrays
+        Every array with an axis of rounds, by path.
+    """
+
+    def __init__(self, scenario: Scenario, file: "h5py.File") -> None:
+        self.scenario = scenario
+        try:
+            group = file[f"scenarios/{scenario.index:04d}"]
+            self.attributes: Mapping[str, Any] = dict(group.attrs)
+            self.arrays = _schema(group)
+            self.lengths = {name: len(item) for name, item in group.items() if _is_axis(item)}
+        except (OSError, LookupError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{file.filename}: the file is truncated or damaged ({error}): copy it again"
+            ) from None
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What of the scenario decides about the attacks' assumptions, as far as the file tells."""
+        scenario = self.scenario
+        told = scenario.parameters.get
+        size = int(told("federation.batch_size", 1))
+        planted = (
+            info.knowledge == Knowledge.MALICIOUS.value and not info.not_applicable
+            for info in scenario.attacks.values()
+        )
+        return Facts(
+            classes=scenario.classes,
+            features=self.lengths.get("feature") or self._features() or _UNKNOWN_FEATURES,
+            bias="observations/bias_gradient" in self.arrays,
+            statistics=(
+                int(self.attributes["model_buffers"])
+                if told("federation.share_statistics", True)
+                else 0
+            ),
+            batch_size=size,
+            # Labels are the batch size times the local steps; round 0 is always attacked.
+            local_steps=max(1, int(self._labels() // size)),
+            known_size=told("adversary.batch_size", "known") == "known"
+            and told("adversary.batch_size_factor", 1) == 1,
+            planted=any(planted),
+        )
+
+    def broken(self, attack: Attack) -> Mapping[str, str]:
+        """Return which of an attack's assumptions the scenario breaks, and what was found."""
+        computed = broken_assumptions(attack, self.facts)
+        # The run knew the model: what it found for its own attacks decides.
+        found = {
+            name: info.broken.get(name, "")
+            for info in self.scenario.attacks.values()
+            for name in info.assumes
+        }
+        names = (item.value for item in Assumption if item in attack.assumes)
+        broken = {name: found.get(name, computed.get(name, "")) for name in sorted(names)}
+        return {name: what for name, what in broken.items() if what}
+
+    def calibration(self, label: str) -> set[str]:
+        """Return the names of the arrays in the calibration of a stored attack."""
+        prefix = f"attacks/{label}/calibration/"
+        return {path.removeprefix(prefix) for path in self.arrays if path.startswith(prefix)}
+
+    def copied(self, attacks: Collection[str]) -> dict[str, ArraySpec]:
+        """Return all arrays but the large ones and those of other attacks than the given."""
+
+        def wanted(path: str) -> bool:
+            for folder in ("attacks/", "timings/attacks/"):
+                if path.startswith(folder):
+                    return path.removeprefix(folder).partition("/")[0] in attacks
+            return path not in _LARGE
+
+        return {path: spec for path, spec in self.arrays.items() if wanted(path)}
+
+    def bytes_per_round(self, paths: Iterable[str]) -> int:
+        """Return what a round of some arrays takes in memory."""
+        return sum(
+            int(np.prod([self.lengths[axis] for axis in self.arrays[path].axes[1:]]))
+            * np.dtype(self.arrays[path].dtype).itemsize
+            for path in paths
+        )
+
+    def _labels(self) -> int:
+        first = self.scenario.array("truth/counts", 0, 1)
+        return int(first.sum(axis=-1).max(initial=0))
+
+    def _features(self) -> int | None:
+        told = self.scenario.parameters.get
+        model, data = MODELS.get(told("model.name", "")), told("data.name", "")
+        root = told("data.root")
+        if model is None or data not in DATASETS:
+            return None
+        try:
+            _, shape = describe(data, Path(root) if root else None)
+        except UserError:  # the data were there when the run was
+            return None
+        return None if shape is None else model.features(shape)
+
+
+def _schema(group: "h5py.Group") -> dict[str, ArraySpec]:
+    import h5py
+
+    arrays: dict[str, ArraySpec] = {}
+
+    def visit(path: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset) and not item.is_scale:
+            axes = tuple(_axis(dimension) for dimension in item.dims)
+            arrays[path] = ArraySpec(axes, item.dtype.str, item.compression is not None)
+
+    group.visititems(visit)
+    return arrays
+
+
+def _axis(dimension: Any) -> str:
+    name: str = dimension[0].name
+    return name.rpartition("/")[2]
+
+
+def _is_axis(item: Any) -> bool:
+    return bool(getattr(item, "is_scale", False))
