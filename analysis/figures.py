@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.load import STANDARD, load_attacked
+from analysis.scenarios import choose_attacks, merge_seeds
 from testbed.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette for all kinds of colour vision, without the yellow that white swallows.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PALETTE = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+    "#7F3C8D",
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 STYLE: Any = {
     "axes.axisbelow": True,
@@ -29,6 +34,16 @@ STYLE: Any = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
 }
+# Swept keys that a figure of their own is drawn against, and its name.
+KEYS = {
+    "pretraining.steps": "stages",
+    "data.auxiliary_per_class": "auxiliary_per_class",
+    "adversary.auxiliary_noise": "auxiliary_noise",
+    "adversary.auxiliary_missing": "auxiliary_missing",
+    "adversary.batch_size_factor": "batch_size_factor",
+}
+# With more attacks, curves and bars are unreadable.
+_MOST_CURVES = 8
 _GLUE = "\N{NO-BREAK SPACE}"
 _SUFFIXES = (".partial", ".h5", ".hdf5")
 
@@ -37,8 +52,9 @@ def figures(
     results_paths: Iterable[str | Path],
     out_dir: str | Path,
     format: str = "png",  # noqa: A002
+    attacks: Sequence[str] = (),
 ) -> list[Path]:
-    """Draw each file's figures.
+    """Draw each file's figures; scenarios that differ in the seed alone are averaged.
 
     Parameters
     ----------
@@ -48,26 +64,32 @@ def figures(
         Folder; it is created.
     format
         ``png`` (150 dpi), ``pdf`` or ``svg``.
+    attacks
+        Labels of the attacks to draw; all by default, and in a figure against a swept key the
+        best ones.
 
     Returns
     -------
     list[Path]
-        For each file ``NAME-success`` and ``NAME-occurrences``.
+        For each file ``NAME-success``; ``NAME-presence``, the same of `presence_f1`, where an
+        attack answers with presence alone; ``NAME-stages`` and the like where one of `KEYS` was
+        swept; and ``NAME-occurrences``. More is appended where one picture is not enough.
 
     Raises
     ------
     UserError
-        A file cannot be read, none holds a round that was attacked, or the folder cannot be
-        written to.
+        A file cannot be read, none holds a round that was attacked, an attack is in none, or the
+        folder cannot be written to.
     """
     from matplotlib import rc_context
 
     from analysis.occurrences import occurrences_figure
-    from analysis.success import success_figure
     from testbed.results.reader import open_results
 
     paths = [Path(path) for path in results_paths]
-    whole = load_attacked(*paths)
+    loaded = load_attacked(*paths)
+    columns: Mapping[str, str] = loaded.attrs["columns"]
+    whole = merge_seeds(choose_attacks(loaded, attacks))
     drawn: list[Path] = []
     with rc_context(STYLE):
         for path, stem in zip(paths, _stems(paths), strict=True):
@@ -76,12 +98,50 @@ def figures(
                 continue
             with open_results(path) as results:
                 pictures = {
-                    "success": success_figure(frame, results.title),
+                    **_scores(frame, results.title, columns, chosen=bool(attacks)),
                     "occurrences": occurrences_figure(results, frame),
                 }
             for name, picture in pictures.items():
                 drawn.append(_save(picture, Path(out_dir) / f"{stem}-{name}.{format}"))
     return drawn
+
+
+def _scores(
+    frame: "pd.DataFrame", title: str, columns: Mapping[str, str], *, chosen: bool
+) -> "dict[str, Figure]":
+    """Return the figures of what the attacks score, by name."""
+    from analysis.matrix import matrix_figures
+    from analysis.stages import stage_figures
+    from analysis.success import success_figure
+    from analysis.table import split_scored, summarise
+
+    pictures: dict[str, Figure] = {}
+    alone = (frame["answers"] == "presence").any()
+    summaries = {}
+    for metric, name in [("asr", "success"), *([("presence_f1", "presence")] if alone else [])]:
+        whole, _ = split_scored(summarise(frame, metric))
+        summary = whole[whole["mean"].notna()]
+        if summary.empty:
+            continue
+        summaries[metric] = summary
+        if summary["attack"].nunique() <= _MOST_CURVES:
+            pictures[name] = success_figure(summary, title)
+        else:
+            pictures |= _numbered(name, matrix_figures(whole, title))
+    if summaries:
+        first = next(iter(summaries.values()))
+        for key, name in KEYS.items():
+            column = columns.get(key, "")
+            if column in first and first[column].nunique(dropna=False) > 1:
+                drawn = stage_figures(first, column, title, _MOST_CURVES, chosen=chosen)
+                pictures |= {f"{name}{suffix}": figure for suffix, figure in drawn.items()}
+    return pictures
+
+
+def _numbered(name: str, drawn: "Sequence[Figure]") -> "dict[str, Figure]":
+    if len(drawn) == 1:
+        return {name: drawn[0]}
+    return {f"{name}-{number}": figure for number, figure in enumerate(drawn, start=1)}
 
 
 def grid(
@@ -107,7 +167,9 @@ def grid(
 def set_title(figure: "Figure", title: str) -> None:
     """Put the experiment's title above a figure, on as many lines as its width asks for."""
     width = int(figure.get_figwidth() * 11)
-    figure.suptitle(textwrap.fill(title or "(untitled)", width), parse_math=False)
+    lines = (title or "(untitled)").split("\n")
+    filled = "\n".join(textwrap.fill(line, width) for line in lines)
+    figure.suptitle(filled, parse_math=False)
 
 
 def describe(parameters: Mapping[Any, Any], width: int) -> str:

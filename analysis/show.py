@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from testbed.results.reader import Rank, Results, Scenario
 
+# What was found instead, by obstacle and attack, and by scenario.
+_Found = dict[tuple[str, str], dict[int, str]]
+
 
 def show(path: str | Path) -> str:
     """Return a description of a results file.
@@ -34,6 +37,7 @@ def show(path: str | Path) -> str:
                 "",
                 *_attacks(results.scenarios),
                 "",
+                *_obstacles(results.scenarios),
                 *_scenarios(results.scenarios),
                 "",
             ]
@@ -102,9 +106,53 @@ def _attacks(scenarios: Sequence["Scenario"]) -> list[str]:
     for scenario in scenarios:
         for label, info in scenario.attacks.items():
             options = ", ".join(f"{name}={value}" for name, value in info.options.items())
-            knowledge = f"knows {info.knowledge}"
-            lines[label, info.title, knowledge, options or "no options", info.source] = None
+            knows, answers = f"knows {info.knowledge}", f"answers {info.answers}"
+            lines[label, info.title, knows, answers, options or "no options", info.source] = None
     return ["attacks", *_aligned(lines)] if lines else ["attacks  none"]
+
+
+def _obstacles(scenarios: Sequence["Scenario"]) -> list[str]:
+    """Return where attacks were not run, and where a scenario breaks what they presume.
+
+    One line for each set of attacks that have the same obstacle in the same scenarios.
+    """
+    idle: _Found = {}
+    broken: _Found = {}
+    for scenario in scenarios:
+        for label, info in scenario.attacks.items():
+            if info.not_applicable:
+                idle.setdefault((info.not_applicable, label), {})[scenario.index] = ""
+                continue
+            for assumption, found in info.broken.items():
+                broken.setdefault((assumption, label), {})[scenario.index] = found
+    lines = []
+    for head, obstacles in (("not applicable", idle), ("broken assumptions", broken)):
+        if obstacles:
+            lines += [head, *_aligned(_alike(obstacles, len(scenarios))), ""]
+    return lines
+
+
+def _alike(obstacles: _Found, scenarios: int) -> list[list[str]]:
+    groups: dict[tuple[str, tuple[tuple[int, str], ...]], list[str]] = {}
+    for (obstacle, label), where in obstacles.items():
+        groups.setdefault((obstacle, tuple(where.items())), []).append(label)
+    lines = []
+    for (obstacle, places), labels in groups.items():
+        found = list(dict.fromkeys(text for _, text in places if text))
+        says = found[0] if len(found) == 1 else f"{found[0]} ... {found[-1]}" if found else ""
+        indices = [index for index, _ in places]
+        lines.append([obstacle, ", ".join(labels), _where(indices, scenarios), says])
+    return lines
+
+
+def _where(indices: Sequence[int], scenarios: int) -> str:
+    """Return which scenarios: ``in all scenarios``, ``in scenarios 0, 4-7``."""
+    if len(indices) == scenarios:
+        return "in all scenarios"
+    starts = [at for at in indices if at - 1 not in indices]
+    ends = [at for at in indices if at + 1 not in indices]
+    runs = [f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+    return f"in scenario{'' if len(indices) == 1 else 's'} {', '.join(runs)}"
 
 
 def _scenarios(scenarios: Sequence["Scenario"]) -> list[str]:

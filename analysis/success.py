@@ -7,7 +7,8 @@ import numpy as np
 
 from analysis.figures import MARKERS, PALETTE, describe, grid, set_title
 from analysis.load import attack_names, varying_columns
-from analysis.table import LEVEL, summarise
+from analysis.notes import parameters
+from analysis.table import LEVEL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,16 +19,18 @@ if TYPE_CHECKING:
 _MAX_PANELS = 16
 _BARS_PER_ROW = 8
 _GREY = "0.35"
-_BASELINES = {"random": ("random guess (expected)", "--"), "uniform": ("uniform guess", ":")}
+GUESSES = {"random": ("random guess (expected)", "--"), "uniform": ("uniform guess", ":")}
+LABELS = {"asr": "attack success rate", "presence_f1": "F1 score of the classes present"}
 
 
-def success_figure(frame: "pd.DataFrame", title: str) -> "Figure":
+def success_figure(summary: "pd.DataFrame", title: str) -> "Figure":
     """Draw every attack's success with its 95 % interval, and what a guess would score.
 
     Parameters
     ----------
-    frame
-        Of one file, as `analysis.load` returns it; not empty.
+    summary
+        Of one file, as `analysis.table.summarise` returns it, by a metric with baselines; not
+        empty, and every attack scored.
     title
         Of the experiment.
 
@@ -37,8 +40,7 @@ def success_figure(frame: "pd.DataFrame", title: str) -> "Figure":
         A panel per data set, label distribution and further swept parameter, over batch sizes; or
         bars per scenario where no panel would have two batch sizes.
     """
-    summary = summarise(frame)
-    varying = varying_columns(frame)
+    varying = varying_columns(summary[parameters(summary)])
     keys = ["dataset", "distribution"]
     keys += [name for name in varying if name not in (*keys, "batch_size")]
     groups = [
@@ -53,28 +55,39 @@ def _curves(groups: Sequence[tuple[dict[str, Any], "pd.DataFrame"]], title: str)
     shown = groups[:_MAX_PANELS]
     figure, panels = grid(len(shown), columns=min(4, max(2, round(len(shown) ** 0.5))))
     sizes = sorted({size for _, group in shown for size in group["batch_size"]})
-    styles = _styles(group for _, group in shown)
-    for axes, (parameters, group) in zip(panels, shown, strict=True):
-        base = group.groupby("batch_size")[list(_BASELINES)].mean()
-        for attack, rows in group.groupby("attack", sort=False):
-            name, colour, marker = styles[str(attack)]
-            rows = rows.sort_values("batch_size")
-            x = rows["batch_size"]
-            axes.fill_between(x, rows["low"], rows["high"], color=colour, alpha=0.18, lw=0)
-            axes.plot(x, rows["mean"], color=colour, marker=marker, ms=4, lw=1.4, label=name)
-        for name, (label, line) in _BASELINES.items():
-            axes.plot(base.index, base[name], line, color=_GREY, lw=1.2, label=label, zorder=1.9)
+    styles = attack_styles(group for _, group in shown)
+    for axes, (setting, group) in zip(panels, shown, strict=True):
+        draw_curves(axes, group.assign(x=group["batch_size"]), styles)
         _scale_sizes(axes, sizes)
-        axes.set_title(describe(parameters, width=40), parse_math=False)
+        axes.set_title(describe(setting, width=40), parse_math=False)
         axes.set_xlabel("batch size")
-    _finish(figure, panels, title, "bands", len(groups) - len(shown), "panels")
+    left_out = _left_out(len(groups) - len(shown), "panels")
+    finish(figure, panels, title, "bands", left_out, LABELS[groups[0][1]["metric"].iloc[0]])
     return figure
+
+
+def draw_curves(
+    axes: "Axes", part: "pd.DataFrame", styles: Mapping[str, tuple[str, str, str]]
+) -> None:
+    """Draw the curves of attacks with their bands, and those of the guesses, over ``x``."""
+    # Where curves lie upon each other, the later ones leave a rim of the markers beneath.
+    sizes = np.linspace(8, 3.5, len(styles)).tolist()
+    for size, (attack, (name, colour, marker)) in zip(sizes, styles.items(), strict=True):
+        rows = part[part["attack"] == attack].sort_values("x")
+        if rows.empty:
+            continue
+        x = rows["x"]
+        axes.fill_between(x, rows["low"], rows["high"], color=colour, alpha=0.18, lw=0)
+        axes.plot(x, rows["mean"], color=colour, marker=marker, ms=size, lw=1.4, label=name)
+    base = part.groupby("x")[list(GUESSES)].mean()
+    for column, (label, line) in GUESSES.items():
+        axes.plot(base.index, base[column], line, color=_GREY, lw=1.2, label=label, zorder=1.9)
 
 
 def _bars(summary: "pd.DataFrame", varying: Sequence[str], title: str) -> "Figure":
     found = summary["scenario"].unique().tolist()
     shown = found[: _BARS_PER_ROW * _MAX_PANELS // 2]
-    styles = _styles([summary])
+    styles = attack_styles([summary])
     rows = [shown[start : start + _BARS_PER_ROW] for start in range(0, len(shown), _BARS_PER_ROW)]
     wide = len(rows[0])
     figure, panels = grid(len(rows), columns=1, width=1.0 + 0.32 * wide * (len(styles) + 1))
@@ -87,7 +100,7 @@ def _bars(summary: "pd.DataFrame", varying: Sequence[str], title: str) -> "Figur
         slanted = len(row) > 2
         axes.set_xticks(
             range(len(row)),
-            [describe(parameters, width=20) for parameters in first.to_dict("records")],
+            [describe(setting, width=20) for setting in first.to_dict("records")],
             rotation=30 if slanted else 0,
             ha="right" if slanted else "center",
             rotation_mode="anchor" if slanted else "default",
@@ -95,7 +108,8 @@ def _bars(summary: "pd.DataFrame", varying: Sequence[str], title: str) -> "Figur
         )
         axes.set_xlim(-0.6, wide - 0.4)
         axes.grid(axis="x", visible=False)
-    _finish(figure, panels, title, "whiskers", len(found) - len(shown), "scenarios")
+    left_out = _left_out(len(found) - len(shown), "scenarios")
+    finish(figure, panels, title, "whiskers", left_out, LABELS[summary["metric"].iloc[0]])
     return figure
 
 
@@ -117,8 +131,8 @@ def _draw_bars(
             label=name,
             error_kw={"lw": 1, "capsize": 2, "ecolor": "0.2"},
         )
-    base = part.groupby("x")[list(_BASELINES)].mean()
-    for column, (label, line) in _BASELINES.items():
+    base = part.groupby("x")[list(GUESSES)].mean()
+    for column, (label, line) in GUESSES.items():
         axes.hlines(
             base[column],
             base.index - 0.45,
@@ -130,7 +144,11 @@ def _draw_bars(
         )
 
 
-def _styles(groups: "Iterable[pd.DataFrame]") -> dict[str, tuple[str, str, str]]:
+def _left_out(count: int, what: str) -> str:
+    return f"; {count} more {what} left out" if count else ""
+
+
+def attack_styles(groups: "Iterable[pd.DataFrame]") -> dict[str, tuple[str, str, str]]:
     """Return for each attack its name, colour and marker, the same in all panels."""
     import pandas as pd
 
@@ -149,23 +167,39 @@ def _scale_sizes(axes: "Axes", sizes: Sequence[int]) -> None:
     axes.set_xlim(sizes[0] / 1.25, sizes[-1] * 1.25)
 
 
-def _finish(
-    figure: "Figure", panels: Sequence["Axes"], title: str, spread: str, left_out: int, what: str
+def finish(
+    figure: "Figure", panels: Sequence["Axes"], title: str, spread: str, note: str, label: str
 ) -> None:
+    """Give a figure its scale, legend and title.
+
+    Parameters
+    ----------
+    figure, panels
+        The figure and its axes.
+    title
+        Above it.
+    spread
+        What shows the intervals: ``bands`` or ``whiskers``.
+    note
+        Added to what the legend says of them.
+    label
+        Of the vertical axis.
+    """
     entries: dict[str, Artist] = {}
     for axes in panels:
         axes.set_ylim(0, 1.03)
         handles, labels = axes.get_legend_handles_labels()
         entries = {**dict(zip(labels, handles, strict=True)), **entries}
-    baselines = [label for label, _ in _BASELINES.values()]
-    names = sorted(entries, key=lambda label: label in baselines)
-    note = f"; {left_out} more {what} left out" if left_out else ""
+    guesses = [name for name, _ in GUESSES.values()]
+    names = sorted(entries, key=lambda name: name in guesses)
+    # A character is about 0.075 inches wide, the line before it and the gap together 0.65.
+    width = 0.65 + 0.075 * max(map(len, names))
     figure.legend(
         [entries[name] for name in names],
         names,
         loc="outside lower center",
-        ncols=min(len(names), max(2, int(figure.get_figwidth() / 1.7))),
+        ncols=min(len(names), max(2, int(figure.get_figwidth() / width))),
         title=f"{spread}: {LEVEL * 100:g} % bootstrap interval of the mean{note}",
     )
-    figure.supylabel("attack success rate", fontsize=9)
+    figure.supylabel(label, fontsize=9)
     set_title(figure, title)

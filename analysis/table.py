@@ -1,24 +1,37 @@
 """Success of every attack in every scenario, with its interval and what a guess would score."""
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.load import BASELINES, attack_names, parameter_columns, varying_columns
+from analysis.formats import RENDERERS, Page
+from analysis.load import (
+    ATTACK,
+    BASELINES,
+    attack_names,
+    baseline_columns,
+    parameter_columns,
+    varying_columns,
+)
+from analysis.notes import BROKEN, parameters, plain, self_test, table_notes
+from analysis.scenarios import merge_seeds, outermost_first, pages
 from testbed.errors import UserError, suggest
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LEVEL = 0.95
+# With more attacks a column each is unreadable.
+MOST_COLUMNS = 8
+ROWS = ("auto", "scenarios", "attacks")
+STYLES = (*RENDERERS, "csv")
 _INTERVAL = ("mean", "low", "high")
 _BASELINE_TITLES = {
     "random": "random guess",
     "uniform": "uniform guess",
     "oracle": "oracle",
 }
-_NOT_ASR = "no baselines: those of this program (random, uniform, oracle) are success rates (asr)"
+_SCENARIO = ["file", "scenario"]
 
 
 def summarise(frame: "pd.DataFrame", metric: str = "asr") -> "pd.DataFrame":
@@ -34,11 +47,12 @@ def summarise(frame: "pd.DataFrame", metric: str = "asr") -> "pd.DataFrame":
     Returns
     -------
     pandas.DataFrame
-        Columns ``file``, ``scenario``, the parameters, ``attack``, ``title``, ``knowledge``,
-        ``metric``, ``mean``, ``low`` and ``high`` (95 % bootstrap interval of the mean over
-        rounds; NaN with one round), ``repetitions`` (updates scored) and ``rounds`` (those they
-        come from). Where the metric is ``asr`` also the means of ``random``, ``uniform`` and
-        ``oracle`` over the same updates, and ``advantage``: of the mean over the uniform guess.
+        Columns ``file``, ``scenario``, the parameters, what `analysis.load` says of the attack
+        (``attack`` to ``broken``), ``metric``, ``mean``, ``low`` and ``high`` (95 % bootstrap
+        interval of the mean over rounds; NaN with one round), ``repetitions`` (updates scored),
+        ``rounds`` (those they come from) and ``accuracy`` (mean over the rounds' models). Where
+        the metric has baselines also the means of ``random``, ``uniform`` and ``oracle`` over the
+        same updates, and ``advantage``: of the mean over the uniform guess.
 
     Raises
     ------
@@ -47,14 +61,17 @@ def summarise(frame: "pd.DataFrame", metric: str = "asr") -> "pd.DataFrame":
     """
     import pandas as pd
 
-    from testbed.attacks.metrics import METRICS, advantage, bootstrap_interval
+    from analysis.bootstrap import bootstrap_interval
+    from testbed.attacks.metrics import METRICS, advantage
 
     if metric not in METRICS:
         raise UserError(f"unknown metric {metric!r}: {suggest(metric, METRICS)}")
     if frame.empty:
         raise UserError("no rows to summarise: no round with an attack has been committed yet")
+    baselines = baseline_columns(metric)
+    kept = [*_SCENARIO, *parameter_columns(frame), *ATTACK]
     rows = []
-    for _, group in frame.groupby(["file", "scenario", "attack"], sort=False):
+    for _, group in frame.groupby([*_SCENARIO, "attack"], sort=False):
         scored = group[group[metric].notna()]
         low, high = bootstrap_interval(
             scored[metric].to_numpy(), scored["round"].to_numpy(), level=LEVEL
@@ -65,17 +82,36 @@ def summarise(frame: "pd.DataFrame", metric: str = "asr") -> "pd.DataFrame":
             "high": high,
             "repetitions": len(scored),
             "rounds": scored["round"].nunique(),
+            "accuracy": group["accuracy"].mean(),
         }
-        if metric == "asr":
-            row |= {name: scored[name].mean() for name in BASELINES}
+        row |= {name: scored[column].mean() for name, column in baselines.items()}
+        if baselines:
             row["advantage"] = float(advantage(row["mean"], row["uniform"]))
         first = group.iloc[0]
-        kept = ["file", "scenario", *parameter_columns(frame), "attack", "title", "knowledge"]
         rows.append({**{name: first[name] for name in kept}, "metric": metric, **row})
     return pd.DataFrame(rows)
 
 
-def render(frame: "pd.DataFrame", style: str = "text", metric: str = "asr") -> str:
+def split_scored(summary: "pd.DataFrame") -> "tuple[pd.DataFrame, pd.DataFrame]":
+    """Return the rows of attacks whose answers the metric can score, and those of the others."""
+    from testbed.attacks.metrics import scored_by
+
+    kinds = {kind: scored_by(kind) for kind in summary["answers"].unique().tolist()}
+    scored = [
+        metric in kinds[kind]
+        for kind, metric in zip(summary["answers"], summary["metric"], strict=True)
+    ]
+    return summary[scored], summary[np.logical_not(scored)]
+
+
+def render(
+    frame: "pd.DataFrame",
+    style: str = "text",
+    metric: str = "asr",
+    rows: str = "auto",
+    *,
+    per_seed: bool = False,
+) -> str:
     """Return a table of a frame as text.
 
     Parameters
@@ -84,160 +120,114 @@ def render(frame: "pd.DataFrame", style: str = "text", metric: str = "asr") -> s
         As `analysis.load` returns it.
     style
         ``csv`` for one row per scenario and attack at full precision (`summarise`); ``text``,
-        ``markdown`` or ``latex`` (booktabs) for a row per scenario and a column per attack.
+        ``markdown`` or ``latex`` (booktabs) for a table to read.
     metric
         See `summarise`.
+    rows
+        What the rows of a table to read are: ``scenarios``, with a column for each attack;
+        ``attacks``, with a column for each scenario, on several pages where there are many; or
+        ``auto``: attacks where there are more than 8.
+    per_seed
+        Whether scenarios that differ in the seed alone stay apart; else they are averaged.
 
     Raises
     ------
     UserError
-        See `summarise`; or the style is unknown.
+        See `summarise`; the style is unknown, or the metric scores none of the attacks.
     """
     if style not in STYLES:
         raise UserError(f"unknown format {style!r}: {suggest(style, STYLES)}")
-    summary = summarise(frame, metric)
+    if rows not in ROWS:
+        raise UserError(f"unknown rows {rows!r}: {suggest(rows, ROWS)}")
+    merged = frame if per_seed else merge_seeds(frame)
+    everything = summarise(merged, metric)
     if style == "csv":
-        return summary.to_csv(index=False)
-    return _RENDERERS[style](_wide(summary), _notes(summary, metric))
+        return everything.to_csv(index=False)
+    summary, left_out = split_scored(everything)
+    if summary.empty:
+        raise UserError(
+            f"the metric {metric} scores none of these attacks, which infer presence alone: "
+            "choose presence_f1"
+        )
+    notes = table_notes(summary, left_out, metric, LEVEL)
+    if merged is not frame:
+        notes.insert(1, f"averaged over {frame['seed'].nunique()} seeds")
+    notes.append(self_test(merged))
+    many = summary["attack"].nunique() > MOST_COLUMNS
+    layout = _by_attack if rows == "attacks" or (rows == "auto" and many) else _by_scenario
+    return RENDERERS[style](layout(summary), notes)
 
 
-def _wide(summary: "pd.DataFrame") -> "pd.DataFrame":
-    """Return the cells to print: a row per scenario, a column per attack and baseline."""
-    import pandas as pd
-
-    scenarios = ["file", "scenario"]
-    first = summary.groupby(scenarios, sort=False).first()
+def _by_scenario(summary: "pd.DataFrame") -> list[Page]:
+    """Return a row per scenario, a column per attack and baseline."""
+    first = summary.groupby(_SCENARIO, sort=False).first()
     columns = {"#": [str(index) for _, index in first.index]}
     if summary["file"].nunique() > 1:
         columns["file"] = [str(file) for file, _ in first.index]
-    for name in varying_columns(summary[_parameters(summary)]):
-        columns[name] = [_plain(value) for value in first[name]]
-    keys = zip(summary["file"], summary["scenario"], summary["attack"], strict=True)
-    cells = dict(zip(keys, map(_cell, *(summary[name] for name in _INTERVAL)), strict=True))
+    for name in varying_columns(summary[parameters(summary)]):
+        columns[name] = [plain(value) for value in first[name]]
+    cells = _cells(summary)
     for label, name in attack_names(summary).items():
         columns[name] = [cells.get((*key, label), "-") for key in first.index]
-    if "random" in summary:
-        # Where one attack failed on some updates, the others' baselines cover more of them.
-        most = summary.sort_values("repetitions", kind="stable").groupby(scenarios, sort=False)
-        means = most.last().loc[first.index]
-        for name in BASELINES:
-            columns[_BASELINE_TITLES[name]] = [_number(value) for value in means[name]]
-    return pd.DataFrame(columns)
+    for name, values in _baselines(summary).items():
+        columns[_BASELINE_TITLES[name]] = [values[key] for key in first.index]
+    return [Page(head=[list(columns)], body=list(zip(*columns.values(), strict=True)))]
 
 
-def _parameters(summary: "pd.DataFrame") -> list[str]:
-    columns = list(map(str, summary.columns))
-    return columns[columns.index("scenario") + 1 : columns.index("attack")]
+def _by_attack(summary: "pd.DataFrame") -> list[Page]:
+    """Return a row per attack and baseline, a column per scenario."""
+    scenarios = summary.drop_duplicates(_SCENARIO)[[*_SCENARIO, *parameters(summary)]]
+    attacks = summary.drop_duplicates("attack").set_index("attack")
+    cells, baselines = _cells(summary), _baselines(summary)
+    every = outermost_first(scenarios)
+    found = []
+    for page in pages(scenarios, MOST_COLUMNS):
+        keys = list(zip(page["file"], page["scenario"], strict=True))
+        varying = outermost_first(page)
+        common = [name for name in every if name not in varying]
+        head = [[name, "", "", *map(plain, page[name])] for name in varying]
+        head += [["attack", "knows", "answers", *(f"#{index}" for _, index in keys)]]
+        body = [
+            [
+                *(name, attacks["knowledge"][label], attacks["answers"][label]),
+                *(cells.get((*key, label), "-") for key in keys),
+            ]
+            for label, name in attack_names(summary).items()
+        ]
+        foot = [
+            [_BASELINE_TITLES[name], "", "", *(values[key] for key in keys)]
+            for name, values in baselines.items()
+        ]
+        title = ", ".join(f"{name} {plain(page[name].iloc[0])}".strip() for name in common)
+        found.append(Page(head, body, foot, title))
+    return found
 
 
-def _notes(summary: "pd.DataFrame", metric: str) -> list[str]:
-    """Return what must be known to read the table."""
-    parameters = _parameters(summary)
-    varying = varying_columns(summary[parameters])
-    fixed = [
-        f"{name} {_plain(summary[name].iloc[0])}"
-        for name in parameters
-        if name not in varying and _plain(summary[name].iloc[0])
-    ]
-    low, high = summary["repetitions"].min(), summary["repetitions"].max()
-    count = f"{low}" if low == high else f"{low} to {high}"
-    what = "attack success rate (asr)" if metric == "asr" else metric
-    interval = f"± is the larger side of the {LEVEL * 100:g} % bootstrap interval over rounds"
-    if summary["low"].isna().all():
-        interval = "no interval, since it takes two rounds"
-    notes = [f"{what}, mean of {count} update{'' if count == '1' else 's'}; {interval}"]
-    notes += [_NOT_ASR] if metric != "asr" else []
-    return [*notes, *([", ".join(fixed)] if fixed else [])]
+def _cells(summary: "pd.DataFrame") -> dict[tuple[str, int, str], str]:
+    """Return the cell of each file, scenario and attack."""
+    keys = zip(summary["file"], summary["scenario"], summary["attack"], strict=True)
+    values = map(_cell, *(summary[name] for name in (*_INTERVAL, "broken")))
+    return dict(zip(keys, values, strict=True))
 
 
-def _cell(mean: float, low: float, high: float) -> str:
+def _baselines(summary: "pd.DataFrame") -> dict[str, dict[tuple[str, int], str]]:
+    """Return for each baseline the cell of each file and scenario."""
+    if "random" not in summary:
+        return {}
+    # Where one attack failed on some updates, the others' baselines cover more of them.
+    most = summary.sort_values("repetitions", kind="stable").groupby(_SCENARIO, sort=False)
+    means = most.last()
+    return {
+        name: dict(zip(means.index, map(_number, means[name]), strict=True)) for name in BASELINES
+    }
+
+
+def _cell(mean: float, low: float, high: float, broken: str) -> str:
+    mark = BROKEN if broken != "{}" and not np.isnan(mean) else ""
     if np.isnan(low):
-        return _number(mean)
-    return f"{mean:.3f} ±{max(mean - low, high - mean):.3f}"
+        return _number(mean) + mark
+    return f"{mean:.3f} ±{max(mean - low, high - mean):.3f}{mark}"
 
 
 def _number(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:.3f}"
-
-
-def _plain(value: object) -> str:
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return ""
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _widths(wide: "pd.DataFrame") -> list[int]:
-    return [max(len(name), *map(len, wide[name])) for name in map(str, wide.columns)]
-
-
-def _lines(wide: "pd.DataFrame") -> list[list[str]]:
-    return [list(map(str, wide.columns)), *wide.to_numpy().tolist()]
-
-
-def _text(wide: "pd.DataFrame", notes: Sequence[str]) -> str:
-    widths = _widths(wide)
-    head, *body = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in _lines(wide)
-    ]
-    rule = "-" * (sum(widths) + 2 * len(widths) - 2)
-    return "\n".join([head, rule, *body, rule, *notes]) + "\n"
-
-
-def _markdown(wide: "pd.DataFrame", notes: Sequence[str]) -> str:
-    escaped = [
-        [cell.replace("|", "\\|").replace("*", "\\*") for cell in line] for line in _lines(wide)
-    ]
-    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
-    head, *body = [
-        "| "
-        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        + " |"
-        for line in escaped
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    notes = [note.replace("*", "\\*") for note in notes]
-    return "\n".join([head, rule, *body, "", "; ".join(notes) + "."]) + "\n"
-
-
-_LATEX = str.maketrans(
-    {
-        **{character: f"\\{character}" for character in "&%$#_{}"},
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        '"': r"\textquotedbl{}",
-        "±": r"$\pm$",
-    }
-)
-
-
-def _latex(wide: "pd.DataFrame", notes: Sequence[str]) -> str:
-    head, *body = [
-        "  " + " & ".join(cell.translate(_LATEX) for cell in line) + r" \\" for line in _lines(wide)
-    ]
-    caption = ["% " + note for note in notes]
-    return "\n".join(
-        [
-            r"% \usepackage{booktabs}",
-            *caption,
-            r"\begin{tabular}{" + "l" * len(wide.columns) + "}",
-            r"  \toprule",
-            head,
-            r"  \midrule",
-            *body,
-            r"  \bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    )
-
-
-_RENDERERS: Mapping[str, Callable[["pd.DataFrame", Sequence[str]], str]] = {
-    "text": _text,
-    "markdown": _markdown,
-    "latex": _latex,
-}
-STYLES = (*_RENDERERS, "csv")

@@ -1,12 +1,12 @@
 """How much of the truth an attack found, and what a guess would have found.
 
-NumPy only: the server scores with it while a run goes on, and `analysis` scores a file a year later
-on a machine without torch. ``truth`` and ``inferred`` are integer label counts [..., C]; every
-metric works over all leading axes and returns float64 [...]. An update that was not attacked has
-negative (fill) counts and gets NaN, and so does one without labels.
+NumPy only: `analysis` scores a file a year later on a machine without torch. ``truth`` and
+``inferred`` are label counts [..., C]; every metric works over all leading axes and returns float64
+[...]. An update that was not attacked has negative (fill) counts and gets NaN, and so does one
+without labels. `score` takes the other kinds of answers too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -16,18 +16,24 @@ from numpy.typing import ArrayLike, NDArray
 from testbed.attacks.rounding import largest_remainder
 
 Counts = NDArray[np.integer[Any]]
+Shares = NDArray[np.floating[Any]]
 Scores = NDArray[np.float64]
-
-# Entries of the resampling matrix that exist at once.
-_BLOCK = 1_000_000
 
 
 def asr(truth: Counts, inferred: Counts) -> Scores:
-    """Attack success rate: multiset intersection over the number of labels; 1 is best.
+    """Attack success rate: multiset intersection over the larger number of labels; 1 is best.
 
-    ``sum_c min(t_c, l_c) / N`` (Wainakh et al., PoPETs 2022(2)); also called instance recall.
+    With as many inferred labels as true ones it is ``sum_c min(t_c, l_c) / N``, the rate of Wainakh
+    et al., PoPETs 2022(2), also called instance recall. Where the number of labels has to be
+    guessed as well, a guess of too many earns nothing.
     """
-    return _ratio(_common(truth, inferred), _labels(truth), truth, inferred)
+    size = np.maximum(_labels(truth), _labels(inferred))
+    return _ratio(_common(truth, inferred), size, truth, inferred)
+
+
+def instance_precision(truth: Counts, inferred: Counts) -> Scores:
+    """Share of the inferred labels that are right; NaN if none was inferred."""
+    return _ratio(_common(truth, inferred), _labels(inferred), truth, inferred)
 
 
 def presence_accuracy(truth: Counts, inferred: Counts) -> Scores:
@@ -62,14 +68,14 @@ def exact(truth: Counts, inferred: Counts) -> Scores:
     return _ratio((truth == inferred).all(axis=-1), 1, truth, inferred)
 
 
-def hellinger(truth: Counts, inferred: Counts) -> Scores:
+def hellinger(truth: Counts, inferred: Counts | Shares) -> Scores:
     """Hellinger distance of the two label distributions, in [0, 1]; 0 is best."""
     t, f = _distribution(truth), _distribution(inferred)
     distance = np.sqrt(np.square(np.sqrt(t) - np.sqrt(f)).sum(axis=-1) / 2)
     return _ratio(distance, 1, truth, inferred)
 
 
-def total_variation(truth: Counts, inferred: Counts) -> Scores:
+def total_variation(truth: Counts, inferred: Counts | Shares) -> Scores:
     """Total variation distance of the two label distributions, in [0, 1]; 0 is best.
 
     With as many inferred labels as true ones it is ``1 - asr``.
@@ -89,6 +95,7 @@ METRICS: dict[str, Callable[[Counts, Counts], Scores]] = {
     metric.__name__: metric
     for metric in (
         asr,
+        instance_precision,
         presence_accuracy,
         presence_precision,
         presence_recall,
@@ -100,6 +107,51 @@ METRICS: dict[str, Callable[[Counts, Counts], Scores]] = {
         jaccard,
     )
 }
+# Those that an answer of that kind is scored by as it is, without being turned into counts.
+_OF_PRESENCE = (presence_accuracy, presence_precision, presence_recall, presence_f1)
+_OF_SHARES = (hellinger, total_variation)
+
+
+def scored_by(answers: str) -> tuple[str, ...]:
+    """Return the names of the metrics that an attack gets whose answers are of that kind."""
+    return tuple(_named(_OF_PRESENCE) if answers == "presence" else METRICS)
+
+
+def score(
+    answers: str, truth: Counts, values: NDArray[Any], labels: NDArray[np.integer[Any]]
+) -> dict[str, Scores]:
+    """Return every metric of an attack's answers, of whatever kind they are.
+
+    Parameters
+    ----------
+    answers
+        ``counts``; ``presence``, which has a presence metric or none; or ``distribution``, whose
+        distances are those of the shares themselves, while the metrics of counts and presence are
+        those of the shares rounded to ``labels``.
+    truth
+        integer [..., C].
+    values
+        [..., C]: as a results file has them, with its fill values for what was not attacked.
+    labels
+        integer [...]: how many labels the attack took the update to have.
+
+    Returns
+    -------
+    dict[str, Scores]
+        For each of `METRICS` float64 [...].
+    """
+    if answers == "counts":
+        return {name: metric(truth, values) for name, metric in METRICS.items()}
+    if answers == "presence":
+        nothing = np.full(truth.shape[:-1], np.nan)
+        known = _named(_OF_PRESENCE)
+        return {name: known[name](truth, values) if name in known else nothing for name in METRICS}
+    counts = _rounded(np.asarray(values, np.float64), np.asarray(labels, np.int64))
+    own = _named(_OF_SHARES)
+    return {
+        name: own[name](truth, values) if name in own else metric(truth, counts)
+        for name, metric in METRICS.items()
+    }
 
 
 def expected_random_asr(truth: Counts) -> Scores:
@@ -149,6 +201,62 @@ def expected_uniform_asr(truth: Counts) -> Scores:
     return _ratio(hits.sum(axis=-1), labels[..., 0], truth, truth)
 
 
+def expected_random_f1(truth: Counts) -> Scores:
+    """Return the expected `presence_f1` of a guess that draws N labels uniformly.
+
+    Given how many classes a guess holds, d, every set of d classes is as likely, so that it hits
+    ``d k / C`` of the k present ones; d has the occupancy distribution.
+
+    Parameters
+    ----------
+    truth
+        integer [..., C].
+
+    Returns
+    -------
+    Scores
+        float64 [...].
+    """
+    labels, classes = _labels(truth), truth.shape[-1]
+    present = (truth > 0).sum(axis=-1)
+    valid = _valid(truth)
+    expected = np.full(truth.shape[:-1], np.nan)
+    held = np.arange(classes + 1)
+    for total in np.unique(labels[valid]):
+        rows = valid & (labels == total)
+        k = np.arange(1, classes + 1)[:, None]
+        table = (2 * held * k / classes / (k + held)) @ _occupancy(int(total), classes)
+        expected[rows] = table[present[rows] - 1]
+    return expected
+
+
+def expected_uniform_f1(truth: Counts) -> Scores:
+    """Return the expected `presence_f1` of the guess that spreads N labels as evenly as possible.
+
+    It holds all classes where there are as many labels, else a random set of N classes.
+
+    Parameters
+    ----------
+    truth
+        integer [..., C].
+
+    Returns
+    -------
+    Scores
+        float64 [...].
+    """
+    classes = truth.shape[-1]
+    held, present = np.minimum(_labels(truth), classes), (truth > 0).sum(axis=-1)
+    return _ratio(2 * held * present / classes, held + present, truth, truth)
+
+
+# What a guess without information is expected to score, by metric: it is given the true N.
+GUESSES: Mapping[str, Mapping[str, Callable[[Counts], Scores]]] = {
+    "asr": {"random": expected_random_asr, "uniform": expected_uniform_asr},
+    "presence_f1": {"random": expected_random_f1, "uniform": expected_uniform_f1},
+}
+
+
 def advantage(score: ArrayLike, baseline: ArrayLike) -> Scores:
     """Return ``(x - u) / (1 - u)``: 0 as good as the baseline, 1 perfect, negative worse.
 
@@ -186,61 +294,20 @@ def oracle_counts(
         number of labels, are -1.
     """
     total = np.asarray(labels, np.int64)
-    scores = total[..., None] * (np.float64(posterior) - np.float64(bias_gradient))
-    valid = np.isfinite(scores).all(axis=-1) & (total >= 0)
-    counts = np.full(scores.shape, -1, np.int64)
-    counts[valid] = largest_remainder(scores[valid], total[valid])
-    return counts
+    return _rounded(total[..., None] * (np.float64(posterior) - np.float64(bias_gradient)), total)
 
 
-def bootstrap_interval(
-    values: ArrayLike,
-    clusters: ArrayLike,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of a mean, resampling whole clusters.
-
-    The updates of one round share a global model, and the attacks on them a calibration: only
-    rounds are independent, and resampling single updates would make the interval too narrow.
-
-    Parameters
-    ----------
-    values
-        floating point [n]; NaN are left out.
-    clusters
-        integer [n]: the cluster (round) of each value.
-    level
-        Coverage.
-    resamples
-        Number of bootstrap samples.
-    seed
-        Of the resampling; equal arguments give equal intervals.
-
-    Returns
-    -------
-    tuple[float, float]
-        Low and high; ``(nan, nan)`` with fewer than two clusters.
-    """
-    x, cluster = np.asarray(values, np.float64).ravel(), np.asarray(clusters).ravel()
-    cluster, x = cluster[~np.isnan(x)], x[~np.isnan(x)]
-    names, index = np.unique(cluster, return_inverse=True)
-    count = len(names)
-    if count < 2:
-        return float("nan"), float("nan")
-    # Deviations from one of the values: a constant sample gives its value without rounding.
-    sums = np.bincount(index, weights=x - x[0], minlength=count)
-    sizes = np.bincount(index, minlength=count)
-    generator = np.random.Generator(np.random.PCG64(seed))
-    step = max(1, _BLOCK // count)
-    means = np.empty(resamples)
-    for start in range(0, resamples, step):
-        block = means[start : start + step]
-        drawn = generator.integers(count, size=(len(block), count))
-        block[:] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) + x[0]
-    return float(low), float(high)
+@lru_cache(maxsize=256)
+def _occupancy(total: int, classes: int) -> Scores:
+    """Return the probability that ``total`` uniform draws hold d classes, for d = 0 ... C."""
+    held = np.arange(classes + 1)
+    mass = np.zeros(classes + 1)
+    mass[0] = 1
+    for _ in range(total):
+        again = mass * held / classes
+        again[1:] += mass[:-1] * (classes - held[:-1]) / classes
+        mass = again
+    return mass
 
 
 @lru_cache(maxsize=256)
@@ -278,13 +345,28 @@ def _hits(truth: Counts, inferred: Counts) -> Counts:
     return hits
 
 
-def _distribution(counts: Counts) -> Scores:
-    positive = np.maximum(counts, 0).astype(np.float64)
-    shares: Scores = positive / np.maximum(positive.sum(axis=-1, keepdims=True), 1)
+def _distribution(weights: Counts | Shares) -> Scores:
+    positive = np.maximum(weights, 0).astype(np.float64)
+    total = positive.sum(axis=-1, keepdims=True)
+    shares: Scores = positive / np.where(total > 0, total, 1)
     return shares
 
 
-def _ratio(top: ArrayLike, bottom: ArrayLike, truth: Counts, inferred: Counts) -> Scores:
+def _rounded(scores: Scores, totals: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Round rows to counts that sum to their totals; -1 where something is missing."""
+    valid = np.isfinite(scores).all(axis=-1) & (totals >= 0)
+    counts = np.full(scores.shape, -1, np.int64)
+    counts[valid] = largest_remainder(scores[valid], totals[valid])
+    return counts
+
+
+def _named(
+    metrics: Iterable[Callable[..., Scores]],
+) -> dict[str, Callable[..., Scores]]:
+    return {metric.__name__: metric for metric in metrics}
+
+
+def _ratio(top: ArrayLike, bottom: ArrayLike, truth: Counts, inferred: NDArray[Any]) -> Scores:
     """Divide; NaN where an update was not attacked, has no labels, or the denominator is 0."""
     where = _valid(truth) & (inferred >= 0).all(axis=-1) & (np.asarray(bottom) > 0)
     out = np.full(where.shape, np.nan)

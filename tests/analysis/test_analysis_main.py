@@ -37,6 +37,25 @@ def test_table(path, capsys):
     assert err == ""
 
 
+def test_table_of_some_attacks_with_a_row_each(path, capsys):
+    assert main(["table", str(path), "--attacks", "llg_plus, llg", "--rows", "attacks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:4]] == ["LLG", "LLG+"]
+    assert "Random" not in "".join(lines)
+
+
+def test_table_per_seed(tmp_path, capsys):
+    path = build(tmp_path / "run.h5", [Spec({"seed": seed}, rounds=2) for seed in (1, 2)])
+    for arguments, rows in [(["--format", "csv"], 4), (["--format", "csv", "--per-seed"], 8)]:
+        assert main(["table", str(path), *arguments]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 1 + rows
+
+
+def test_figures_of_some_attacks(path, tmp_path, capsys):
+    assert main(["figures", str(path), "-o", str(tmp_path), "--attacks", "llg"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_table_into_a_file(path, tmp_path, capsys):
     output = tmp_path / "table.csv"
     assert (
@@ -70,6 +89,8 @@ def test_an_incomplete_file_is_pointed_out_beside_the_table(tmp_path, capsys):
         (["table", "missing.h5"], "no such file"),
         (["figures", "missing.h5", "-o", "out"], "no such file"),
         (["table", "{path}", "--metric", "accuracy"], "unknown metric"),
+        (["table", "{path}", "--attacks", "llgg"], "did you mean 'llg'"),
+        (["figures", "{path}", "-o", "out", "--attacks", "llgg"], "did you mean 'llg'"),
         (["table", "{path}", "-o", "no/such/folder/x"], "cannot write the table"),
         (["figures", "{path}", "-o", "{path}"], "cannot write the figure"),
         (["table", "{empty}"], "no round with an attack"),

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from build_file import Spec, build, paper_sweep
 from launching import run_testbed, write_experiment
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from layout import check_layout
 from matplotlib.colors import to_rgb
-from matplotlib.text import Text
 
 import analysis
 from analysis.figures import PALETTE, STYLE, figures
@@ -29,7 +28,7 @@ def draw(path, kind="success"):
     frame = analysis.load(path)
     with open_results(path) as results, matplotlib.rc_context(STYLE):
         if kind == "success":
-            return success_figure(frame, results.title)
+            return success_figure(summarise(frame), results.title)
         return occurrences_figure(results, frame)
 
 
@@ -206,23 +205,46 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_overlaps_or_is_cut_off(tmp_path, case, kind):
     title = "A title with $dollars_ and & that is far longer than the figure is wide " * 2
-    figure = draw(build(tmp_path / "run.h5", CASES[case], title=title), kind)
-    with matplotlib.rc_context(STYLE):
-        renderer = FigureCanvasAgg(figure).get_renderer()
-        figure.draw(renderer)
-    boxes = {f"axes {i}": axes.get_tightbbox(renderer) for i, axes in enumerate(figure.axes)}
-    boxes["title"] = figure._suptitle.get_window_extent(renderer)
-    boxes["y"] = figure._supylabel.get_window_extent(renderer)
-    if figure.legends:
-        boxes["legend"] = figure.legends[0].get_window_extent(renderer)
-    else:
-        boxes["x"] = figure._supxlabel.get_window_extent(renderer)
-    for (one, a), (other, b) in itertools.combinations(boxes.items(), 2):
-        assert not a.padded(-1).overlaps(b.padded(-1)), (one, other)
-    for name, box in boxes.items():
-        assert figure.bbox.padded(2).contains(box.x0, box.y0), name
-        assert figure.bbox.padded(2).contains(box.x1, box.y1), name
-    assert all(text.get_fontsize() >= 8 for text in figure.findobj(Text) if text.get_text())
+    check_layout(draw(build(tmp_path / "run.h5", CASES[case], title=title), kind))
+
+
+def test_which_figures_a_file_has(tmp_path, monkeypatch):
+    monkeypatch.setattr("analysis.figures._save", lambda _, path: path)
+    attacks = ["llg", "llg_plus", *(f"attack_{index}" for index in range(7)), "there"]
+    keys = ("seed", "pretraining.steps", "model.activation", "federation.batch_size", "a.b")
+    specs = [
+        Spec(
+            dict(zip(keys, values, strict=True)),
+            rounds=2,
+            clients=1,
+            attacks=attacks,
+            answers={"there": "presence"},
+        )
+        for values in itertools.product((0, 1), (0, 10), ("relu", "tanh"), (1, 4), (0.5, 1.5))
+    ]
+    path = build(tmp_path / "run.h5", specs)
+
+    def names(*chosen):
+        return [drawn.stem for drawn in figures([path], tmp_path / "out", attacks=chosen)]
+
+    stages = ["run-stages-b-0.5", "run-stages-b-1.5", "run-occurrences"]
+    assert names() == ["run-success", "run-presence", *stages]
+    assert names("llg", "there") == ["run-success", "run-presence", *stages]
+    assert names("there") == ["run-presence", *stages]
+
+
+def test_swept_knowledge_has_a_figure_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("analysis.figures._save", lambda _, path: path)
+    keys = ("data.auxiliary_per_class", "adversary.auxiliary_noise", "federation.auxiliary_noise")
+    specs = [
+        Spec(dict(zip(keys, values, strict=True)), rounds=2)
+        for values in itertools.product((1, 50), (0.0, 0.5), (0.0, 1.0))
+    ]
+    path = build(tmp_path / "run.h5", specs)
+    names = [drawn.stem for drawn in figures([path], tmp_path)]
+    assert names == [
+        *("run-success", "run-auxiliary_per_class", "run-auxiliary_noise", "run-occurrences")
+    ]
 
 
 def test_colours_differ_in_lightness_or_hue_for_dichromats():

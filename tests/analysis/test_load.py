@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from build_file import Spec, build, paper_sweep
+from build_file import Spec, age, build, paper_sweep
 
 import analysis
 from analysis.load import attack_names, column_names, load_attacked, varying_columns
@@ -30,10 +31,13 @@ def test_a_row_per_scenario_round_client_and_attack(path):
     assert len(frame) == (3 * 2 + 5 * 3) * 4
     assert list(frame.columns) == [
         *("file", "scenario", "dataset", "distribution", "model", "batch_size", "noise"),
-        *("round", "client", "attack", "title", "knowledge"),
+        *("round", "client", "attack", "title", "knowledge", "answers"),
+        *("applicable", "obstacle", "broken", "accuracy", "residual"),
         *metrics.METRICS,
         *("random", "uniform", "oracle"),
+        *("random_presence_f1", "uniform_presence_f1", "oracle_presence_f1"),
     ]
+    assert frame.attrs["columns"]["federation.batch_size"] == "batch_size"
     assert not frame.duplicated(["file", "scenario", "round", "client", "attack"]).any()
     assert frame["file"].unique().tolist() == [str(path)]
     assert frame.groupby("scenario")["batch_size"].unique().tolist() == [[4], [8]]
@@ -56,6 +60,8 @@ def test_every_row_is_what_the_arrays_say(path):
             assert row["exact"] == (truth == inferred).all()
             assert row["random"] == metrics.expected_random_asr(truth)
             assert row["uniform"] == metrics.expected_uniform_asr(truth)
+            assert row["random_presence_f1"] == metrics.expected_random_f1(truth)
+            assert row["uniform_presence_f1"] == metrics.expected_uniform_f1(truth)
 
 
 def test_oracle_is_perfect_and_needs_a_bias(path):
@@ -68,6 +74,86 @@ def test_oracle_takes_the_mean_over_local_steps(tmp_path):
     path = build(tmp_path / "run.h5", [Spec(local_steps=5, rounds=4)])
     frame = analysis.load(path)
     assert (frame["oracle"] == 1).all()
+
+
+def test_answers_of_every_kind_are_scored_as_what_they_are(tmp_path):
+    kinds = {"llg": "counts", "there": "presence", "shares": "distribution"}
+    spec = Spec(rounds=3, attacks=list(kinds), answers=kinds, believed=1.5)
+    path = build(tmp_path / "run.h5", [spec])
+    frame = analysis.load(path).set_index(["attack", "round", "client"])
+    assert frame.groupby("attack", sort=False)["answers"].first().to_dict() == kinds
+    with h5py.File(path, "r") as file:
+        group = file["scenarios/0000"]
+        assert (group["observations/labels"][:] == 12).all()
+        for at in np.ndindex(3, 2):
+            truth = group["truth/counts"][at].astype(int)
+            shares = group["attacks/shares/distribution"][at]
+            found = frame.loc[("shares", *at)]
+            assert found["hellinger"] == metrics.hellinger(truth, shares)
+            # Shares of twelve labels, of which eight can be right.
+            assert found["asr"] == metrics.asr(truth, np.rint(shares * 12).astype(int))
+            there = frame.loc[("there", *at)]
+            presence = group["attacks/there/presence"][at]
+            assert there["presence_f1"] == metrics.presence_f1(truth, presence)
+            assert np.isnan(there["asr"])
+    assert analysis.load(path).query("attack == 'llg'")["asr"].max() <= 8 / 12
+
+
+def test_a_distribution_in_a_file_of_version_1_0_has_as_many_labels_as_the_truth(tmp_path):
+    kinds = {"shares": "distribution"}
+    path = build(tmp_path / "run.h5", [Spec(rounds=3, attacks=["shares"], answers=kinds)])
+    whole = analysis.load(path)
+    with h5py.File(path, "a") as file:
+        del file["scenarios/0000/observations/labels"]
+    assert analysis.load(path).equals(whole)
+
+
+def test_a_file_of_version_1_0(path):
+    new = analysis.load(path)
+    old = analysis.load(age(path))
+    assert old.equals(new)
+    assert (old["answers"] == "counts").all()
+
+
+def test_attacks_that_were_not_run_have_rows_without_scores(tmp_path):
+    found = {"llg": {"one label per update": "8 labels per update"}}
+    spec = Spec(rounds=2, attacks=["llg", "idle"], idle={"idle": "no bias"}, broken=found)
+    frame = analysis.load(build(tmp_path / "run.h5", [spec]))
+    idle, llg = (frame[frame["attack"] == label] for label in ("idle", "llg"))
+    assert len(idle) == len(llg) == 4
+    assert idle[list(metrics.METRICS)].isna().all(axis=None)
+    assert idle["uniform"].tolist() == llg["uniform"].tolist()
+    assert (idle["applicable"].unique().tolist(), idle["obstacle"].iloc[0]) == ([False], "no bias")
+    assert (llg["applicable"].unique().tolist(), llg["obstacle"].iloc[0]) == ([True], "")
+    assert json.loads(llg["broken"].iloc[0]) == found["llg"]
+    assert (idle["broken"] == "{}").all()
+
+
+def test_accuracy_is_that_of_the_round_s_model(tmp_path):
+    path = build(tmp_path / "run.h5", [Spec(rounds=3, accuracy=0.5), Spec(rounds=2)])
+    with h5py.File(path, "a") as file:
+        file["scenarios/0000/rounds/accuracy"][:] = [0.1, np.nan, 0.9]
+    frame = analysis.load(path)
+    means = frame[frame["scenario"] == 0].groupby("round")["accuracy"].unique()
+    assert [float(each[0]) for each in means] == pytest.approx([0.1, np.nan, 0.9], nan_ok=True)
+    assert frame[frame["scenario"] == 1]["accuracy"].isna().all()
+
+
+def test_residual_is_nearly_zero_for_plain_gradients_and_unknown_for_others(tmp_path):
+    specs = [Spec(rounds=3), Spec({"defense.noise": 0.1}, rounds=3), Spec(rounds=3, local_steps=2)]
+    path = build(tmp_path / "run.h5", specs)
+    with h5py.File(path, "a") as file:
+        sums = file["scenarios/0000/observations/row_sums"]
+        sums[0, 0] = [3, -1, *[0] * 8]
+        sums[0, 1] = 0
+        sums[1, 0, 3] = np.nan
+        file["scenarios/0000/observations/bias_gradient"][1, 0, 3] = np.nan
+    frame = analysis.load(path)
+    plain = frame[(frame["scenario"] == 0) & (frame["attack"] == "llg")]["residual"].to_numpy()
+    assert plain[0] == pytest.approx(0.5)
+    assert np.isnan(plain[2])
+    assert (plain[[1, 3, 4, 5]] < 1e-6).all()
+    assert frame[frame["scenario"] != 0]["residual"].isna().all()
 
 
 def test_rounds_read_in_blocks_are_the_same(path, monkeypatch):

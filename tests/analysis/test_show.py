@@ -80,3 +80,38 @@ def test_many_ranks_are_counted_by_device(tmp_path, ranks):
     text = show(tmp_path / "run.h5")
     assert f"{ranks} ranks on {-(-ranks // 8)} hosts" in text
     assert f"{ranks - 1} x NVIDIA H200, 1 x cpu" in text
+
+
+def test_obstacles_are_told_once_for_all_scenarios_that_share_them(tmp_path):
+    lone, signs = "one label per update", "non-negative features"
+    specs = [
+        Spec(
+            {"federation.batch_size": size},
+            rounds=1,
+            attacks=["llg", "llg_plus", "lone", "norms"],
+            idle={"norms": "no BatchNorm statistics come with the updates"},
+            broken={
+                **({"lone": {lone: f"{size} labels per update"}} if size > 1 else {}),
+                **({"llg": {signs: "-1"}, "llg_plus": {signs: "-1"}} if size in (1, 4, 8) else {}),
+            },
+        )
+        for size in (1, 2, 4, 8)
+    ]
+    lines = show(build(tmp_path / "run.h5", specs)).splitlines()
+    at = lines.index("not applicable")
+    idle = "  no BatchNorm statistics come with the updates  norms  in all scenarios"
+    assert lines[at + 1 : at + 4] == [idle, "", "broken assumptions"]
+    assert [line.split() for line in lines[at + 4 : at + 7]] == [
+        [*signs.split(), "llg,", "llg_plus", "in", "scenarios", "0,", "2-3", "-1"],
+        [
+            *(*lone.split(), "lone", "in", "scenarios", "1-3"),
+            *("2", "labels", "per", "update", "...", "8", "labels", "per", "update"),
+        ],
+        [],
+    ]
+
+
+def test_no_obstacles_are_not_mentioned(tmp_path):
+    text = show(build(tmp_path / "run.h5", [Spec(rounds=1)]))
+    assert "not applicable" not in text
+    assert "broken" not in text

@@ -1,21 +1,22 @@
 import csv
 import io
+import json
 
 import h5py
 import numpy as np
-import pandas as pd
 import pytest
 from build_file import Spec, build
 
 import analysis
+from analysis.bootstrap import bootstrap_interval
+from analysis.notes import self_test
 from analysis.table import STYLES, render, summarise
-from testbed.attacks.metrics import bootstrap_interval
 from testbed.errors import UserError
 
 
 @pytest.fixture
 def path(tmp_path):
-    specs = [Spec({"federation.batch_size": size}, rounds=10) for size in (4, 16)]
+    specs = [Spec({"federation.batch_size": size}, rounds=10, accuracy=0.5) for size in (4, 16)]
     return build(tmp_path / "run.h5", specs)
 
 
@@ -61,6 +62,18 @@ def test_an_attack_that_never_answered(path):
     assert "nan" not in render(frame)
 
 
+def test_presence_has_baselines_of_its_own(frame):
+    summary = summarise(frame, "presence_f1")
+    row = summary.query("scenario == 1 and attack == 'llg'").iloc[0]
+    rows = frame.query("scenario == 1 and attack == 'llg'")
+    for name in ("random", "uniform", "oracle"):
+        assert row[name] == pytest.approx(rows[f"{name}_presence_f1"].mean())
+        assert row[name] > rows[name].mean() or name == "oracle"
+    text = render(frame, "text", "presence_f1")
+    assert "no baselines" not in text
+    assert f"{row['uniform']:.3f}" in text
+
+
 def test_other_metrics_have_no_baselines(frame):
     summary = summarise(frame, "hellinger")
     assert set(summary["metric"]) == {"hellinger"}
@@ -81,7 +94,7 @@ def test_unknown_names(frame):
 
 def test_text_is_aligned_and_complete(frame):
     lines = render(frame).splitlines()
-    head, rule, first, second, rule_again, note, fixed = lines
+    head, rule, first, second, rule_again, note, fixed, test = lines
     assert rule == rule_again
     assert set(rule) == {"-"}
     assert head.split("  ")[0] == "#"
@@ -93,14 +106,12 @@ def test_text_is_aligned_and_complete(frame):
     assert first[head.index("oracle") :] == "1.000"
     assert "mean of 20 updates" in note
     assert fixed == "dataset digits, distribution balanced, model cnn"
+    assert test.startswith("self-test: oracle 1.000 in all 40 updates; sums of gradients")
 
 
-def test_half_width_is_the_larger_side():
-    rows = [("f", 0, "d", "b", "m", 8, r, 0, "a", "A", "k", v, 0, 0, 0)
-            for r, v in enumerate([1.0] * 9 + [0.0])]  # fmt: skip
-    columns = ["file", "scenario", "dataset", "distribution", "model", "batch_size", "round"]
-    columns += ["client", "attack", "title", "knowledge", "asr", "random", "uniform", "oracle"]
-    frame = pd.DataFrame(rows, columns=columns)
+def test_half_width_is_the_larger_side(tmp_path):
+    path = build(tmp_path / "run.h5", [Spec(rounds=10, clients=1, attacks=["llg"])])
+    frame = analysis.load(path).assign(asr=[1.0] * 9 + [0.0])
     row = summarise(frame).iloc[0]
     assert row["mean"] - row["low"] > row["high"] - row["mean"]
     assert f"0.900 ±{row['mean'] - row['low']:.3f}" in render(frame)
@@ -163,3 +174,149 @@ def test_scenarios_with_different_attacks_and_several_files(tmp_path):
 def test_tables_are_repeatable_and_end_in_a_newline(frame, style):
     assert render(frame, style) == render(frame, style)
     assert render(frame, style).endswith("\n")
+
+
+MANY = ["llg", "llg_star", "llg_plus", *(f"attack_{index}" for index in range(6))]
+
+
+def many(tmp_path, **options):
+    specs = [
+        Spec(
+            {"labels.distribution": distribution, "federation.batch_size": size},
+            rounds=3,
+            clients=1,
+            attacks=MANY,
+            **options,
+        )
+        for distribution in ("balanced", "unbalanced")
+        for size in (1, 2, 4, 8, 16)
+    ]
+    return analysis.load(build(tmp_path / "many.h5", specs))
+
+
+def test_many_attacks_have_a_row_each_on_pages_of_the_outermost_key(tmp_path):
+    frame = many(tmp_path)
+    text = render(frame)
+    assert text == render(frame, rows="attacks")
+    assert text != render(frame, rows="scenarios")
+    first, second, _ = text.split("\n\n")[0], *text.split("\n\n")[1:], ""
+    for page, distribution, numbers in [
+        (first, "balanced", ["#0", "#1", "#2", "#3", "#4"]),
+        (second, "unbalanced", ["#5", "#6", "#7", "#8", "#9"]),
+    ]:
+        title, sizes, head, _, *rows = page.splitlines()
+        assert title == f"distribution {distribution}"
+        assert sizes.split() == ["batch_size", "1", "2", "4", "8", "16"]
+        assert head.split() == ["attack", "knows", "answers", *numbers]
+        assert [row.split()[0] for row in rows[:9]] == ["LLG", "LLG*", "LLG+", *MANY[3:]]
+        assert set(rows[9]) == {"-"}
+        assert [row.split()[0] for row in rows[10:13]] == ["random", "uniform", "oracle"]
+        assert rows[2].split()[:3] == ["LLG+", "auxiliary", "counts"]
+    summary = summarise(frame)
+    row = summary.query("scenario == 7 and attack == 'llg_plus'").iloc[0]
+    line = second.splitlines()[6]
+    assert line[second.splitlines()[2].index("#7") :].startswith(f"{row['mean']:.3f} ±")
+
+
+def test_eight_attacks_still_have_a_column_each(tmp_path):
+    frame = many(tmp_path)
+    eight = frame[frame["attack"] != MANY[-1]]
+    assert render(eight) == render(eight, rows="scenarios")
+    assert render(eight) != render(eight, rows="attacks")
+    with pytest.raises(UserError, match="did you mean 'attacks'"):
+        render(frame, rows="attack")
+
+
+@pytest.mark.parametrize("rows", ["scenarios", "attacks"])
+def test_broken_assumptions_and_attacks_that_were_not_run(tmp_path, rows):
+    lone = {"one label per update": "8 labels per update"}
+    specs = [
+        Spec(
+            {"federation.batch_size": size},
+            rounds=4,
+            attacks=["llg", "bias", "lone"],
+            idle={"bias": "the last layer has no bias"},
+            broken={"lone": lone} if size > 1 else {},
+        )
+        for size in (1, 8)
+    ]
+    frame = analysis.load(build(tmp_path / "run.h5", specs))
+    text = render(frame, rows=rows)
+    assert "† the scenario breaks an assumption: one label per update (lone)\n" in text
+    assert "- not applicable: the last layer has no bias (bias)\n" in text
+    table = text.partition("attack success rate")[0]
+    assert table.count("†") == 1
+    marked = next(line for line in table.splitlines() if "†" in line)
+    assert marked.split()[0] == ("1" if rows == "scenarios" else "lone")
+    assert "nan" not in text
+    assert r"$\dagger$" in render(frame, "latex", rows=rows)
+    tidy = list(csv.DictReader(io.StringIO(render(frame, "csv"))))
+    assert len(tidy) == 6
+    assert [row["broken"] for row in tidy if row["attack"] == "lone"] == ["{}", json.dumps(lone)]
+    assert [row["mean"] for row in tidy if row["attack"] == "bias"] == ["", ""]
+
+
+def test_presence_is_left_out_where_the_metric_is_of_counts(tmp_path):
+    spec = Spec(rounds=3, attacks=["llg", "there"], answers={"there": "presence"}, accuracy=0.75)
+    frame = analysis.load(build(tmp_path / "run.h5", [spec]))
+    text = render(frame)
+    assert "there" not in text.splitlines()[0]
+    assert "left out, with presence alone to score by presence_f1: there\n" in text
+    text = render(frame, metric="presence_f1")
+    assert "there" in text.splitlines()[0]
+    assert "left out" not in text
+    tidy = list(csv.DictReader(io.StringIO(render(frame, "csv"))))
+    assert [row["answers"] for row in tidy] == ["counts", "presence"]
+    assert [row["accuracy"] for row in tidy] == ["0.75", "0.75"]
+    with pytest.raises(UserError, match="choose presence_f1"):
+        render(frame[frame["attack"] == "there"])
+
+
+def test_seeds_are_averaged_unless_they_are_asked_for(tmp_path):
+    specs = [
+        Spec({"seed": seed, "federation.batch_size": size}, rounds=4)
+        for seed in (1, 2, 3)
+        for size in (4, 8)
+    ]
+    frame = analysis.load(build(tmp_path / "run.h5", specs))
+    text = render(frame)
+    lines = text.splitlines()
+    assert lines[0].split()[:3] == ["#", "batch_size", "Random"]
+    assert [line.split()[:2] for line in lines[2:4]] == [["0", "4"], ["1", "8"]]
+    assert "mean of 24 updates" in text
+    assert "averaged over 3 seeds" in text
+    rows = frame.query("batch_size == 4 and attack == 'llg'")
+    clusters = rows["round"] + 4 * (rows["seed"] - 1)
+    low, high = bootstrap_interval(rows["asr"], clusters)
+    half = max(rows["asr"].mean() - low, high - rows["asr"].mean())
+    assert f"{rows['asr'].mean():.3f} ±{half:.3f}" in lines[2]
+    apart = render(frame, per_seed=True)
+    assert len(apart.splitlines()[2:8]) == 6
+    assert apart.splitlines()[0].split()[:3] == ["#", "batch_size", "seed"]
+
+
+def test_the_self_test_tells_what_fails(path):
+    assert self_test(analysis.load(path)).startswith("self-test: oracle 1.000 in all 40 updates")
+    with h5py.File(path, "a") as file:
+        group = file["scenarios/0001"]
+        counts = group["truth/counts"][:]
+        counts[:3] = np.roll(counts[:3], 1, axis=-1)
+        group["truth/counts"][...] = counts
+        sums = group["observations/row_sums"][:]
+        sums[0, 0] = [1, -0.5, *[0] * 8]
+        group["observations/row_sums"][...] = sums
+    frame = analysis.load(path)
+    failed = (frame[frame["attack"] == "llg"]["oracle"] < 1).sum()
+    assert 3 <= failed <= 6
+    says = self_test(frame)
+    assert f"oracle BELOW 1 in {failed} of 40 updates" in says
+    assert "at most 3e-01 of their size" in says
+
+
+def test_the_self_test_of_updates_that_are_no_plain_gradients(tmp_path):
+    specs = [Spec(rounds=3, local_steps=2), Spec({"defense.noise": 0.1}, rounds=3)]
+    frame = analysis.load(build(tmp_path / "run.h5", specs))
+    assert self_test(frame) == "self-test: none, since no update is the plain gradient of one step"
+    spec = Spec(rounds=1, clients=1, bias=False)
+    frame = analysis.load(build(tmp_path / "no_bias.h5", [spec]))
+    assert self_test(frame).startswith("self-test: sums of gradients over classes at most ")

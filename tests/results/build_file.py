@@ -15,15 +15,30 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-# Share of the labels that an attack gets wrong.
+# Share of the labels that an attack gets wrong; that of others is 0.3.
 ATTACKS = {"random": 1.0, "llg": 0.2, "llg_star": 0.1, "llg_plus": 0.02}
 TITLES = {"random": "Random", "llg": "LLG", "llg_star": "LLG*", "llg_plus": "LLG+"}
 KNOWLEDGE = {"llg_star": "model", "llg_plus": "auxiliary"}
+DTYPES = {"counts": ("i4", -1), "presence": ("i1", -1), "distribution": ("f8", np.nan)}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One scenario to write."""
+    """One scenario to write.
+
+    Attributes
+    ----------
+    answers
+        What an attack answers, by label; counts by default.
+    broken, idle
+        The assumptions that it breaks, and why an attack was not run, by label.
+    errors
+        Share of the labels that an attack gets wrong, by label, in place of `ATTACKS`.
+    accuracy
+        Of the rounds' models; those of a file where it is None were not evaluated.
+    believed
+        What the server takes for the number of labels, in multiples of what it is.
+    """
 
     swept: Mapping[str, Any] = field(default_factory=dict)
     rounds: int = 12
@@ -33,6 +48,18 @@ class Spec:
     bias: bool = True
     local_steps: int = 1
     attack_every: int = 1
+    answers: Mapping[str, str] = field(default_factory=dict)
+    broken: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    idle: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    accuracy: float | None = None
+    believed: float = 1.0
+
+    def answer(self, label: str) -> str:
+        return self.answers.get(label, "counts")
+
+    def path(self, label: str) -> str:
+        return f"attacks/{label}/{self.answer(label)}"
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -43,6 +70,7 @@ class Spec:
             "model.name": "cnn",
             "federation.batch_size": 8,
             "federation.attack_every": self.attack_every,
+            "pretraining.steps": None,
             "attacks": [{"name": name, "label": name} for name in self.attacks],
             **self.swept,
         }
@@ -81,17 +109,30 @@ def draw_round(spec: Spec, generator: np.random.Generator) -> dict[str, NDArray[
         bias.append(gradient.mean(axis=0))
         sums.append((gradient * mass).mean(axis=0))
         for label in spec.attacks:
-            wrong = generator.random(len(labels)) < ATTACKS[label]
+            error = spec.errors.get(label, ATTACKS.get(label, 0.3))
+            wrong = generator.random(len(labels)) < error
             guess = np.where(wrong, generator.integers(classes, size=len(labels)), labels)
-            guesses[label].append(np.bincount(guess, minlength=classes))
+            guess = np.resize(guess, max(1, round(spec.believed * len(labels))))
+            found = np.bincount(guess, minlength=classes)
+            answers = {"presence": found > 0, "distribution": found / found.sum()}
+            guesses[label].append(answers.get(spec.answer(label), found))
     rows = {
         "truth/counts": np.array(truth),
         "truth/posterior": np.array(posterior),
         "observations/row_sums": np.array(sums),
         "observations/bias_gradient": np.array(bias),
+        "observations/labels": np.full(
+            spec.clients, max(1, round(spec.believed * size * spec.local_steps))
+        ),
         "updates/finite": np.ones(spec.clients),
-        **{f"attacks/{label}/counts": np.array(guess) for label, guess in guesses.items()},
+        **{
+            spec.path(label): np.array(guess)
+            for label, guess in guesses.items()
+            if label not in spec.idle
+        },
     }
+    if spec.accuracy is not None:
+        rows["rounds/accuracy"] = np.array(spec.accuracy)
     if not spec.bias:
         del rows["observations/bias_gradient"]
     return rows
@@ -149,17 +190,26 @@ class Builder:
             attack = encode(group.create_group(f"attacks/{label}"), "attack")
             attack.attrs.update(
                 name=label,
-                title=TITLES[label],
+                title=TITLES.get(label, label),
                 knowledge=KNOWLEDGE.get(label, "gradients"),
                 source="a paper",
                 options="{}",
+                answers=spec.answer(label),
+                observes='["row sums"]',
+                assumes=json.dumps(list(spec.broken.get(label, {}))),
+                broken_assumptions=json.dumps(dict(spec.broken.get(label, {}))),
+                not_applicable=spec.idle.get(label, ""),
             )
-            per_class[f"attacks/{label}/counts"] = ("i4", -1)
+            per_class[spec.path(label)] = DTYPES[spec.answer(label)]
         for name, (dtype, fill) in per_class.items():
             empty(group, name, lengths, dtype, fill)
-        calibration = encode(group.create_group("attacks/llg/calibration"), "calibration")
-        scaled(calibration, group, "impact", ["round"], np.full(spec.rounds, -0.5))
-        empty(group, "updates/finite", {"round": spec.rounds, "client": spec.clients}, "u1", 0)
+        if "llg" in spec.attacks:
+            calibration = encode(group.create_group("attacks/llg/calibration"), "calibration")
+            scaled(calibration, group, "impact", ["round"], np.full(spec.rounds, -0.5))
+        per_client = {"round": spec.rounds, "client": spec.clients}
+        empty(group, "observations/labels", per_client, "i4", -1)
+        empty(group, "updates/finite", per_client, "u1", 0)
+        empty(group, "rounds/accuracy", {"round": spec.rounds}, "f8", np.nan)
         empty(group, "timings/attack", {"round": spec.rounds}, "f8", np.nan)
 
     def write(self, scenario: int, round_: int, rows: Mapping[str, NDArray[Any]]) -> None:
@@ -195,9 +245,25 @@ def build(
     return path
 
 
+def age(path: Path) -> Path:
+    """Turn a file into one of version 1.0, which said less."""
+    with h5py.File(path, "a") as file:
+        groups = [file]
+        file.visititems(lambda _, item: groups.append(item) if "encoding-type" in item.attrs else 0)
+        for group in groups:
+            group.attrs["encoding-version"] = "1.0"
+            for name in set(group.attrs) & {
+                *("answers", "observes", "assumes", "broken_assumptions", "not_applicable")
+            }:
+                del group.attrs[name]
+        for scenario in file["scenarios"].values():
+            del scenario["observations/labels"]
+    return path
+
+
 def encode(group: h5py.Group, kind: str) -> h5py.Group:
     group.attrs["encoding-type"] = kind
-    group.attrs["encoding-version"] = "1.0"
+    group.attrs["encoding-version"] = "1.1"
     return group
 
 

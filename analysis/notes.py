@@ -1,0 +1,124 @@
+"""What must be known to read a table: what was measured, what broke, and whether to trust it."""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from analysis.load import attack_names, baseline_columns, varying_columns
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BROKEN = "†"
+# What figures and tables call a metric; the others have no longer name.
+TITLES = {"asr": "attack success rate (asr)"}
+
+
+def table_notes(
+    summary: "pd.DataFrame", left_out: "pd.DataFrame", metric: str, level: float
+) -> list[str]:
+    """Return the notes of a table.
+
+    Parameters
+    ----------
+    summary
+        Of the attacks in the table, as `analysis.table.summarise` returns it.
+    left_out
+        The same of the attacks that have no score by this metric.
+    metric
+        The metric shown.
+    level
+        Of the intervals.
+    """
+    scored = summary[summary["repetitions"] > 0]
+    low, high = scored["repetitions"].min(), scored["repetitions"].max()
+    if scored.empty:
+        low = high = 0
+    count = f"{low}" if low == high else f"{low} to {high}"
+    interval = f"± is the larger side of the {level * 100:g} % bootstrap interval over rounds"
+    if summary["low"].isna().all():
+        interval = "no interval, since it takes two rounds"
+    what = TITLES.get(metric, metric)
+    notes = [f"{what}, mean of {count} update{'' if count == '1' else 's'}; {interval}"]
+    if not baseline_columns(metric):
+        notes.append("no baselines: those of this program are of asr and of presence_f1")
+    columns = parameters(summary)
+    varying = varying_columns(summary[columns])
+    fixed = [
+        f"{name} {plain(summary[name].iloc[0])}"
+        for name in columns
+        if name not in varying and plain(summary[name].iloc[0])
+    ]
+    notes += [", ".join(fixed)] if fixed else []
+    names = attack_names(summary)
+    notes += _grouped(f"{BROKEN} the scenario breaks an assumption", _broken(scored), names)
+    idle = summary[~summary["applicable"]]
+    reasons = {
+        str(reason): rows["attack"].unique().tolist()
+        for reason, rows in idle.groupby("obstacle", sort=False)
+    }
+    notes += _grouped("- not applicable", reasons, names)
+    if not left_out.empty:
+        shown = "; ".join(attack_names(left_out).values())
+        notes.append(f"left out, with presence alone to score by presence_f1: {shown}")
+    return notes
+
+
+def self_test(frame: "pd.DataFrame") -> str:
+    """Return how the updates do that are plain gradients, where two identities must hold.
+
+    Parameters
+    ----------
+    frame
+        As `analysis.load` returns it.
+    """
+    updates = frame.drop_duplicates(["file", "scenario", "round", "client"])
+    plain_ones = updates[updates["residual"].notna()]
+    if plain_ones.empty:
+        return "self-test: none, since no update is the plain gradient of one step"
+    facts = []
+    oracle = plain_ones["oracle"].dropna()
+    failed = int((oracle < 1).sum())
+    if failed:
+        facts.append(
+            f"oracle BELOW 1 in {failed:,} of {len(oracle):,} updates, {oracle.min():.3f} at worst"
+        )
+    elif len(oracle):
+        facts.append(f"oracle 1.000 in {'all ' if len(oracle) > 1 else ''}{_updates(len(oracle))}")
+    largest = plain_ones["residual"].max()
+    facts.append(f"sums of gradients over classes at most {largest:.0e} of their size")
+    return "self-test: " + "; ".join(facts)
+
+
+def parameters(summary: "pd.DataFrame") -> list[str]:
+    """Return the columns of a summary that hold parameters of the scenario."""
+    columns = list(map(str, summary.columns))
+    return columns[columns.index("scenario") + 1 : columns.index("attack")]
+
+
+def plain(value: object) -> str:
+    """Return a parameter as tables show it."""
+    if value is None or value != value:
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _broken(summary: "pd.DataFrame") -> dict[str, list[str]]:
+    """Return the attacks by the assumption of theirs that some scenario breaks."""
+    found: dict[str, dict[str, None]] = {}
+    for attack, text in summary[["attack", "broken"]].drop_duplicates().itertuples(index=False):
+        for assumption in json.loads(text):
+            found.setdefault(assumption, {})[attack] = None
+    return {assumption: list(attacks) for assumption, attacks in found.items()}
+
+
+def _grouped(head: str, groups: Mapping[str, list[str]], names: Mapping[str, str]) -> list[str]:
+    each = [
+        f"{what} ({'; '.join(names[attack] for attack in attacks)})"
+        for what, attacks in groups.items()
+    ]
+    return [f"{head}: {', '.join(each)}"] if each else []
+
+
+def _updates(count: int) -> str:
+    return f"{count:,} update{'' if count == 1 else 's'}"
