@@ -199,10 +199,12 @@ def calibrate(
     attack.calibrate(adversary)
 
 
-def calibration(data: Path, batch_size: int, repetitions: int) -> list[str]:
+def calibration(
+    data: Path, sets: Iterable[tuple[str, int]], batch_size: int, repetitions: int
+) -> list[str]:
     """Return the lines of the second table."""
     lines = [f"{'attack':<24}{'data':>10}{'per class':>11}{'ms/model':>11}"]
-    for name, per_class in CALIBRATIONS:
+    for name, per_class in sets:
         experiment = {
             "data": {
                 "name": name,
@@ -269,9 +271,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", nargs="+", type=int, default=[10, 100, 1000], metavar="C")
     parser.add_argument("--batch-size", type=int, default=32, metavar="B")
     parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--quick", action="store_true", help="three repetitions")
+    parser.add_argument("--quick", action="store_true", help="one repetition, 10 classes, MNIST")
     options = parser.parse_args(arguments)
-    repetitions = 3 if options.quick else options.repetitions
+    repetitions, classes, sets = options.repetitions, options.classes, CALIBRATIONS
+    if options.quick:
+        repetitions, classes, sets = 1, classes[:1], CALIBRATIONS[:1]
     torch.set_num_threads(1)
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(
@@ -280,9 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{UPDATES} updates, batch size {options.batch_size}, best of {repetitions}\n",
         flush=True,
     )
-    print("\n".join(inference(options.classes, options.batch_size, repetitions)), flush=True)
+    print("\n".join(inference(classes, options.batch_size, repetitions)), flush=True)
     if options.data is not None:
-        lines = calibration(options.data.resolve(), options.batch_size, repetitions)
+        lines = calibration(options.data.resolve(), sets, options.batch_size, repetitions)
         print("\n" + "\n".join(lines))
 
 
