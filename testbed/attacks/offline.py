@@ -111,8 +111,9 @@ class ArrayAdversary:
         self._lacks_model(Knowledge.MODEL, "for its BatchNorm statistics")
 
     def momentum(self) -> NDArray[np.float32]:
-        """Refuse: the model's buffers are not known."""
-        self._lacks_model(Knowledge.MODEL, "for its BatchNorm statistics")
+        """Return no momentum: of buffers nothing is known, and samples count as independent."""
+        self._require(Knowledge.MODEL)
+        return np.zeros(0, np.float32)
 
     def logit_gradients(self) -> NDArray[np.float32]:
         """Refuse: backward passes take the model."""

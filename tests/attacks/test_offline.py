@@ -108,7 +108,6 @@ CALLS: dict[str, tuple[Knowledge, Any]] = {
     "weight_gradient": (Knowledge.GRADIENTS, lambda a: a.weight_gradient(UPDATE)),
     "bias_gradient": (Knowledge.GRADIENTS, lambda a: a.bias_gradient(UPDATE)),
     "statistics_sent": (Knowledge.MODEL, lambda a: a.statistics_sent()),
-    "momentum": (Knowledge.MODEL, lambda a: a.momentum()),
     "logit_gradients": (Knowledge.AUXILIARY, lambda a: a.logit_gradients()),
     "planted": (Knowledge.MALICIOUS, lambda a: a.planted()),
     "white_box": (Knowledge.MODEL, lambda a: a.white_box()),
@@ -117,7 +116,7 @@ CALLS: dict[str, tuple[Knowledge, Any]] = {
 
 def test_calls_are_those_of_the_live_adversary() -> None:
     public = {name for name in vars(RestrictedAdversary) if not name.startswith("_")}
-    assert public == {*CALLS, "classes"}
+    assert public == {*CALLS, "classes", "momentum"}
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -193,3 +192,10 @@ def test_a_model_of_the_catalog() -> None:
     np.testing.assert_allclose(
         softmax(given.features @ head.weight.T + head.bias), given.posterior, atol=1e-6
     )
+
+
+def test_nothing_is_known_of_buffers():
+    known = ArrayAdversary(Knowledge.MODEL, 3, batch_size=2)
+    assert known.momentum().shape == (0,)
+    with pytest.raises(PermissionError, match="asks for 'model'"):
+        ArrayAdversary(Knowledge.GRADIENTS, 3, batch_size=2).momentum()
