@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from testbed.data import Sampler, draw_skew
+from testbed.norm_statistics import NoisyStatistics
 from testbed.plan import ScenarioPlan, Task
 from testbed.seeds import Purpose, seed64, stream
 from testbed.startup import ScenarioSetup
@@ -17,7 +18,9 @@ class ClientWorker:
     """Computes the updates of any number of clients of a scenario, one after the other.
 
     FedSGD: a client's update is the gradient of the mean cross entropy over one batch, at the
-    global model, followed by the float buffers as its forward pass left them.
+    global model, followed by the float buffers as its forward pass left them. By the experiment's
+    ``federation.share_statistics`` and ``federation.statistics_noise`` they are as the client
+    received them instead (Li et al., FedBN, ICLR 2021), or noisy.
     """
 
     def __init__(self, plan: ScenarioPlan, setup: ScenarioSetup, rank: int) -> None:
@@ -27,6 +30,8 @@ class ClientWorker:
         self._samples = setup.samples
         self._sampler = Sampler(setup.samples.labels, setup.parts.victim, setup.layout.classes)
         self._buffers = torch.empty_like(setup.model.buffers)
+        noise = plan.scenario.federation.statistics_noise
+        self._noise = NoisyStatistics(setup.model.module, noise) if noise else None
         self._on_gpu = setup.samples.device.type == "cuda"
         # Where the gradient is made before it leaves the GPU; on the CPU, it is made in place.
         self._gradient = torch.empty(
@@ -77,7 +82,8 @@ class ClientWorker:
             payload[:split].copy_(self._gradient, non_blocking=True)
         else:
             model.gradient(loss, payload[:split])
-        payload[split:].copy_(model.buffers, non_blocking=True)
+        shares = self._plan.scenario.federation.share_statistics
+        payload[split:].copy_(model.buffers if shares else self._buffers, non_blocking=True)
         posterior = torch.softmax(logits.detach(), dim=1).mean(dim=0)
         message.posterior[:] = posterior.cpu().numpy()
         message.counts[:] = np.bincount(
@@ -86,6 +92,10 @@ class ClientWorker:
         final_loss = float(loss.detach())
         if self._on_gpu:
             torch.cuda.current_stream().synchronize()
+        if shares and self._noise is not None:
+            key = self._plan.key(Purpose.STATISTICS, task)
+            rng = stream(self._plan.scenario.seed, Purpose.STATISTICS, *key)
+            self._noise.disturb(message.payload[split:], rng)
         header = message.header
         header["scenario"], header["round"], header["client"] = (
             task.scenario,

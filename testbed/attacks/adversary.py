@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from testbed.attacks.base import Head, Knowledge, Observations, Outputs, Planted
+from testbed.attacks.base import Head, Knowledge, Normalised, Observations, Outputs, Planted
 from testbed.attacks.simulation import head_gradient, simulate_head
 from testbed.models.flat import FlatModel
 from testbed.samples import Samples
@@ -215,6 +215,74 @@ class GlobalModel:
             parts.append(np.full(buffer.numel(), np.nan if known is None else known, np.float32))
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
+    def normalised(self, statistics: NDArray[np.float32], batch_size: int) -> Normalised:
+        """Run the auxiliary samples as if in a client's batch; see `testbed.attacks.Adversary`."""
+        momentum = self.momentum().astype(np.float64)
+        known = momentum > 0
+        left = np.where(known, 1 - momentum, 0.0) ** self.local_steps
+        sent = self.statistics_sent().astype(np.float64)
+        undone = (statistics - left * sent) / (1 - left)
+        batch = np.zeros_like(sent)
+        moments = np.zeros((len(self._auxiliary.labels), len(sent)))
+        self._load(train_norms=True)
+        tracks = [track for track in self._tracks if known[track.mean].all()]
+        for track in tracks:
+            count = batch_size * track.positions
+            # Modules normalise by the biased variance, and average the unbiased one. Noise on what
+            # is shared may take it below 0.
+            variance = np.maximum(undone[track.variance], 0) * (count - 1) / count
+            batch[track.mean] = undone[track.mean]
+            batch[track.variance] = variance + undone[track.mean] ** 2
+            self._model.buffers[track.mean] = torch.from_numpy(undone[track.mean]).float()
+            self._model.buffers[track.variance] = torch.from_numpy(variance).float()
+            track.norm.eval()
+        seen: dict[torch.nn.Module, list[NDArray[np.float32]]] = {
+            track.norm: [] for track in tracks
+        }
+
+        def note(norm: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            values = inputs[0].flatten(2) if inputs[0].dim() > 2 else inputs[0][:, :, None]
+            parts = [values.mean(dim=2), values.square().mean(dim=2)]
+            seen[norm].append(torch.cat(parts, dim=1).cpu().numpy())
+
+        hooks = [track.norm.register_forward_pre_hook(note) for track in tracks]
+        try:
+            posterior, features = self._model.outputs(self._auxiliary_batches())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for track in tracks:
+            both = np.concatenate(seen[track.norm])
+            moments[:, track.mean], moments[:, track.variance] = np.hsplit(both, 2)
+        return Normalised(Outputs(posterior, features, self._auxiliary.labels), moments, batch)
+
+    @cached_property
+    def _tracks(self) -> list["_Track"]:
+        """The norms that run once in a forward pass and keep running statistics."""
+        positions: dict[torch.nn.Module, list[int]] = {norm: [] for norm in self._norms}
+
+        def note(norm: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            positions[norm].append(inputs[0][0, 0].numel())
+
+        self._load()
+        hooks = [norm.register_forward_pre_hook(note) for norm in self._norms]
+        try:
+            self._model.outputs([torch.zeros((1, *self.shape), device=self._model.state.device)])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        places, start = {}, 0
+        for name, buffer in self._model.module.named_buffers():
+            if buffer.is_floating_point():
+                places[name] = slice(start, start + buffer.numel())
+                start += buffer.numel()
+        return [
+            _Track(norm, places[f"{name}.running_mean"], places[f"{name}.running_var"], once[0])
+            for name, norm in self._model.module.named_modules()
+            if norm in positions and len(once := positions[norm]) == 1
+            if f"{name}.running_var" in places
+        ]
+
     def logit_gradients(self) -> NDArray[np.float32]:
         """Return the mean gradient of each logit, [C, P]; see `testbed.attacks.Adversary`."""
         self._load(train_norms=True)
@@ -278,9 +346,7 @@ class GlobalModel:
             return torch.from_numpy(rng.standard_normal(shape, np.float32)).to(device)
         raise ValueError(f"there are no dummy inputs {kind!r}")
 
-    def _auxiliary_batches(
-        self, chosen: NDArray[np.int64] | None = None
-    ) -> Iterator[torch.Tensor]:
+    def _auxiliary_batches(self, chosen: NDArray[np.int64] | None = None) -> Iterator[torch.Tensor]:
         inputs, labels = self._auxiliary.inputs, self._auxiliary.labels
         if chosen is None:
             chosen = np.arange(len(labels))
@@ -290,6 +356,16 @@ class GlobalModel:
             starts = np.flatnonzero(np.diff(labels[chosen])) + 1
         for part in np.split(chosen, starts):
             yield inputs[torch.from_numpy(part)]
+
+
+@dataclass(frozen=True)
+class _Track:
+    """Where a norm's running statistics lie in the buffers; its values per channel of an image."""
+
+    norm: Norm
+    mean: slice
+    variance: slice
+    positions: int
 
 
 class WhiteBoxModel:
@@ -405,6 +481,10 @@ class RestrictedAdversary:
     def momentum(self) -> NDArray[np.float32]:
         """Return the weight of a new batch in each buffer's running average."""
         return self._with(Knowledge.MODEL).momentum()
+
+    def normalised(self, statistics: NDArray[np.float32]) -> Normalised:
+        """Run the auxiliary samples, normalised as a client's batch was."""
+        return self._with(Knowledge.AUXILIARY).normalised(statistics, self.batch_size)
 
     def logit_gradients(self) -> NDArray[np.float32]:
         """Return the mean gradient of each logit over the auxiliary samples."""

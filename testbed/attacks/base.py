@@ -229,6 +229,32 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class Normalised:
+    """The global model's answers on n inputs, normalised as a client's batch was.
+
+    A module whose BatchNorm layers normalise by fixed numbers treats every input by itself. With
+    those of a batch, what the batch left in the statistics is therefore exactly the mean of its
+    samples' own moments, and so are its gradients: these are the moments of the server's samples,
+    in the same terms.
+
+    Attributes
+    ----------
+    outputs
+        Posterior and features.
+    moments
+        float64 [n, S]: for each float buffer, in place of a running mean the mean of a channel
+        over a sample, in place of a running variance the mean square. 0 for a buffer that is
+        none of BatchNorm's.
+    batch
+        float64 [S]: the same of the client's batch.
+    """
+
+    outputs: Outputs
+    moments: NDArray[np.float64]
+    batch: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Head:
     """The global model's last layer, ``z = W h + b``.
 
@@ -361,6 +387,17 @@ class Adversary(Protocol):
 
         NaN where a buffer is none of BatchNorm's, or averages over all batches
         (`Knowledge.MODEL`).
+        """
+
+    def normalised(self, statistics: NDArray[np.float32]) -> Normalised:
+        """Run the auxiliary samples, normalised as a client's batch was (`Knowledge.AUXILIARY`).
+
+        Parameters
+        ----------
+        statistics
+            float32 [S], of one update of `Observations.statistics`. The running average is undone:
+            of one local step, what is left are the statistics of its batch; of several, a weighted
+            mean.
         """
 
     def logit_gradients(self) -> NDArray[np.float32]:

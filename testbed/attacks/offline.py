@@ -5,7 +5,15 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.attacks.base import Head, Knowledge, Observations, Outputs, Planted, WhiteBox
+from testbed.attacks.base import (
+    Head,
+    Knowledge,
+    Normalised,
+    Observations,
+    Outputs,
+    Planted,
+    WhiteBox,
+)
 from testbed.attacks.simulation import simulate_head
 from testbed.errors import UserError
 
@@ -114,6 +122,10 @@ class ArrayAdversary:
         """Return no momentum: of buffers nothing is known, and samples count as independent."""
         self._require(Knowledge.MODEL)
         return np.zeros(0, np.float32)
+
+    def normalised(self, statistics: NDArray[np.float32]) -> Normalised:  # noqa: ARG002
+        """Refuse: samples with the normalisation of a client's batch take the model."""
+        self._lacks_model(Knowledge.AUXILIARY, "to normalise samples as a client's batch was")
 
     def logit_gradients(self) -> NDArray[np.float32]:
         """Refuse: backward passes take the model."""

@@ -20,6 +20,22 @@ A = TypeVar("A", bound=Attack)
 _FAMILIES = (
     "baselines",
     "llg",
+    "presence",
+    "bias",
+    "zlg",
+    "auxiliary_counts",
+    "rlg",
+    "ilrg",
+    "rlu",
+    "soft_labels",
+    "batchnorm",
+    "batchnorm_conditioned",
+    "class_basis",
+    "ldia",
+    "posterior_regression",
+    "gradient_bridge",
+    "secure_sums",
+    "dlg",
 )
 
 

@@ -3,6 +3,7 @@
 Source of the architectures: Wainakh et al., "User-Level Label Leakage from Gradients in
 Federated Learning", PoPETs 2022, section 5. Two points differ from the reference code: the FCNN
 has no softmax (the loss applies one) and the LeNet convolves 3x3 whatever the number of channels.
+The variants with another normalisation are not the paper's.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,6 +30,8 @@ LENET_HIDDEN = (120, 84)
 RESNET_CHANNELS = (16, 32, 64)
 RESNET_BLOCKS = 3
 RESNET_HIDDEN = 512
+GROUPS = 4
+"""Of every GroupNorm: 3 channels each in the ConvNet, 4 to 16 in the ResNet."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,10 @@ def _cnn_parameters(shape: Shape, classes: int) -> int:
     return convolutions + _linear(_cnn_features(shape), classes)
 
 
+def _normed_cnn_parameters(shape: Shape, classes: int) -> int:
+    return _cnn_parameters(shape, classes) + len(CNN_STRIDES) * 2 * CNN_CHANNELS
+
+
 def _fcnn_parameters(shape: Shape, classes: int) -> int:
     channels, height, width = shape
     hidden = _linear(channels * height * width, FCNN_HIDDEN) + _linear(FCNN_HIDDEN, FCNN_HIDDEN)
@@ -164,6 +171,10 @@ def _resnet20_parameters(shape: Shape, classes: int) -> int:
     return total + _linear(width, RESNET_HIDDEN) + _linear(RESNET_HIDDEN, classes)
 
 
+# From 5x5 on, the last feature maps, a quarter of the size, hold several values: BatchNorm cannot
+# normalise a batch of one image over a single value.
+_BATCH_NORM_SIZE = 5
+
 MODELS: Mapping[str, ModelInfo] = MappingProxyType(
     {
         info.name: info
@@ -175,6 +186,24 @@ MODELS: Mapping[str, ModelInfo] = MappingProxyType(
                 min_size=1,
                 features=_cnn_features,
                 parameters=_cnn_parameters,
+            ),
+            ModelInfo(
+                name="cnn_bn",
+                description="cnn with BatchNorm after each convolution",
+                default_activation="relu",
+                min_size=_BATCH_NORM_SIZE,
+                features=_cnn_features,
+                parameters=_normed_cnn_parameters,
+                # Mean and variance of each channel.
+                buffers=len(CNN_STRIDES) * 2 * CNN_CHANNELS,
+            ),
+            ModelInfo(
+                name="cnn_gn",
+                description="cnn with GroupNorm of 4 groups after each convolution",
+                default_activation="relu",
+                min_size=1,
+                features=_cnn_features,
+                parameters=_normed_cnn_parameters,
             ),
             ModelInfo(
                 name="fcnn",
@@ -198,13 +227,19 @@ MODELS: Mapping[str, ModelInfo] = MappingProxyType(
                 description="ResNet-20 of 16, 32, 64 channels, BatchNorm, parameter-free"
                 " shortcuts; linear 512 without activation",
                 default_activation="relu",
-                # From 5x5 on, the last feature maps hold several values: BatchNorm cannot
-                # normalise a batch of one image over a single value.
-                min_size=5,
+                min_size=_BATCH_NORM_SIZE,
                 features=lambda _: RESNET_HIDDEN,
                 parameters=_resnet20_parameters,
                 # Mean and variance: the first layer, then six of each width.
                 buffers=2 * (16 + 6 * (16 + 32 + 64)),
+            ),
+            ModelInfo(
+                name="resnet20_gn",
+                description="resnet20 with GroupNorm of 4 groups in place of BatchNorm",
+                default_activation="relu",
+                min_size=1,
+                features=lambda _: RESNET_HIDDEN,
+                parameters=_resnet20_parameters,
             ),
         )
     }

@@ -1,5 +1,6 @@
 """Finds and opens an HDF5 file for reading, whatever its writer is doing or did."""
 
+import time
 from pathlib import Path
 
 import h5py
@@ -7,6 +8,7 @@ import h5py
 from testbed.errors import UserError
 
 PARTIAL = ".partial"
+_ATTEMPTS, _PAUSE_SECONDS = 5, 0.05
 
 
 def locate(path: Path) -> Path:
@@ -23,11 +25,16 @@ def locate(path: Path) -> Path:
 
 def open_file(path: Path) -> h5py.File:
     """Open an HDF5 file for reading, by SWMR where a writer has it open or died while it had."""
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        if "already open for write" not in str(error):
-            raise _cannot_open(path, error) from None
+    for attempt in range(_ATTEMPTS):
+        try:
+            return h5py.File(path, "r")
+        except OSError as error:
+            if "already open for write" in str(error):
+                break
+            # A file that is just growing may say that it is longer than it is.
+            if "truncated" not in str(error) or attempt == _ATTEMPTS - 1:
+                raise _cannot_open(path, error) from None
+            time.sleep(_PAUSE_SECONDS)
     try:
         return h5py.File(path, "r", swmr=True)
     except OSError as error:

@@ -109,6 +109,7 @@ CALLS: dict[str, tuple[Knowledge, Any]] = {
     "bias_gradient": (Knowledge.GRADIENTS, lambda a: a.bias_gradient(UPDATE)),
     "statistics_sent": (Knowledge.MODEL, lambda a: a.statistics_sent()),
     "logit_gradients": (Knowledge.AUXILIARY, lambda a: a.logit_gradients()),
+    "normalised": (Knowledge.AUXILIARY, lambda a: a.normalised(np.zeros(3, np.float32))),
     "planted": (Knowledge.MALICIOUS, lambda a: a.planted()),
     "white_box": (Knowledge.MODEL, lambda a: a.white_box()),
 }

@@ -33,9 +33,18 @@ def test_known_parameter_counts() -> None:
     # PyTorch's tutorial LeNet for 32x32; the published ResNet-20 (269 722 with 64-10) with
     # 64-512-10 in place of 64-10.
     assert MODELS["cnn"].parameters((1, 28, 28), 10) == 312 + 7224 + 5890
+    # A scale and a shift for each of three times 12 channels.
+    for normed in ("cnn_bn", "cnn_gn"):
+        assert MODELS[normed].parameters((1, 28, 28), 10) == 312 + 7224 + 5890 + 72
     assert MODELS["fcnn"].parameters((1, 28, 28), 10) == 461580 + 346332 + 5890
     assert MODELS["lenet"].parameters((1, 32, 32), 10) == 81194
-    assert MODELS["resnet20"].parameters((3, 32, 32), 10) == 269722 - 650 + 33280 + 5130
+    for name in ("resnet20", "resnet20_gn"):
+        assert MODELS[name].parameters((3, 32, 32), 10) == 269722 - 650 + 33280 + 5130
+
+
+def test_batch_norm_alone_has_statistics() -> None:
+    sizes = {name: info.buffers for name, info in MODELS.items() if info.buffers}
+    assert sizes == {"cnn_bn": 72, "resnet20": 1376}
 
 
 @pytest.mark.parametrize("info", MODELS.values(), ids=MODELS)
@@ -55,7 +64,9 @@ def test_too_small_an_input_is_refused(info) -> None:
 
 def test_too_small_an_input_names_models_that_fit() -> None:
     with pytest.raises(
-        UserError, match=r"'lenet' cannot take images of 1x8x8.*one of cnn, fcnn, resnet20"
+        UserError,
+        match=r"'lenet' cannot take images of 1x8x8.*one of cnn, cnn_bn, cnn_gn, fcnn, resnet20, "
+        r"resnet20_gn,",
     ):
         check_input(MODELS["lenet"], (1, 8, 8), 10)
 
@@ -71,7 +82,7 @@ def test_one_class_is_refused() -> None:
 
 
 def test_unknown_model_suggests_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"'resnet' .*did you mean 'resnet20'.*import path"):
+    with pytest.raises(UserError, match=r"'resnet' .*did you mean .*'resnet20'.*import path"):
         model_info("resnet")
 
 

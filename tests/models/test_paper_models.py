@@ -44,7 +44,16 @@ def test_smallest_input_trains_with_one_image(info) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
-    ("name", "count"), [("cnn", 3), ("fcnn", 2), ("lenet", 4), ("resnet20", 19)]
+    ("name", "count"),
+    [
+        ("cnn", 3),
+        ("cnn_bn", 3),
+        ("cnn_gn", 3),
+        ("fcnn", 2),
+        ("lenet", 4),
+        ("resnet20", 19),
+        ("resnet20_gn", 19),
+    ],
 )
 def test_activation_replaces_every_activation(name: str, count: int, activation: str) -> None:
     kinds = [type(m) for m in make(name, (1, 28, 28), 10, activation).modules()]
@@ -69,6 +78,46 @@ def test_cnn_features_are_the_sigmoids_outputs() -> None:
     features = module[:-1](torch.rand(4, 1, 28, 28))
     assert features.shape == (4, 588)
     assert ((features > 0) & (features < 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("cnn", nn.BatchNorm2d, 0),
+        ("cnn_bn", nn.BatchNorm2d, 3),
+        ("cnn_gn", nn.GroupNorm, 3),
+        ("resnet20", nn.BatchNorm2d, 19),
+        ("resnet20_gn", nn.GroupNorm, 19),
+    ],
+)
+def test_normalisation_follows_every_convolution(
+    name: str, kind: type[nn.Module], count: int
+) -> None:
+    modules = [
+        module
+        for module in make(name, (3, 32, 32), 10, "relu").modules()
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm))
+    ]
+    norms = [module for module in modules if not isinstance(module, nn.Conv2d)]
+    assert [type(norm) for norm in norms] == [kind] * count
+    if norms:
+        for convolution, norm in zip(modules[::2], modules[1::2], strict=True):
+            assert norm.weight.shape == (convolution.out_channels,)
+
+
+@pytest.mark.parametrize("name", ["cnn_gn", "resnet20_gn"])
+def test_group_norm_treats_every_image_by_itself(name: str) -> None:
+    module = make(name, (1, 28, 28), 10, "relu")
+    images = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([module(image[None]) for image in images])
+    torch.testing.assert_close(module(images), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_mixes_the_images() -> None:
+    module = make("cnn_bn", (1, 28, 28), 10, "relu")
+    images = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([module(image[None]) for image in images])
+    assert not torch.allclose(module(images), alone, rtol=1e-3, atol=1e-3)
 
 
 def test_resnet_features_can_be_negative() -> None:

@@ -1,0 +1,222 @@
+"""What clients do to BatchNorm's statistics before they share them, and what it is good for."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from small_run import plan_of, setups_for
+from torch import nn
+
+from testbed.attacks import Knowledge, make_attack
+from testbed.attacks.adversary import GlobalModel, RestrictedAdversary
+from testbed.attacks.base import Observations
+from testbed.client import ClientWorker
+from testbed.norm_statistics import NoisyStatistics
+from testbed.plan import Task
+from testbed.startup import ScenarioSetup
+from testbed.update import Message
+
+TASKS = [Task(0, round_, client) for round_ in range(2) for client in range(3)]
+Updates = dict[Task, NDArray[np.float32]]
+
+
+def prepare(*overrides: str) -> tuple[ClientWorker, ScenarioSetup, NDArray[np.float32]]:
+    """Return a worker at an initial model with buffers unlike those of a new module."""
+    plan = plan_of("model.name=cnn_bn", "model.init=torch", "federation.batch_size=16", *overrides)
+    setup = setups_for([plan]).make(plan)
+    state = torch.empty(setup.layout.size)
+    setup.initialise(state, (0, 0))
+    split = setup.layout.parameters
+    state[split:] = torch.rand(setup.layout.buffers, generator=torch.Generator().manual_seed(1))
+    worker = ClientWorker(plan, setup, 0)
+    worker.load(state.numpy())
+    return worker, setup, state.numpy()
+
+
+def updates_of(*overrides: str, tasks: list[Task] = TASKS) -> Updates:
+    worker, setup, _ = prepare(*overrides)
+    updates = {}
+    for task in tasks:
+        message = Message(setup.layout)
+        worker.work(task, message)
+        updates[task] = message.payload.copy()
+    return updates
+
+
+def places(module: nn.Module) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return which float buffers are running means, and which are running variances."""
+    names = np.concatenate(
+        [
+            np.full(buffer.numel(), name.rpartition(".")[2], dtype=object)
+            for name, buffer in module.named_buffers()
+            if buffer.is_floating_point()
+        ]
+    )
+    return names == "running_mean", names == "running_var"
+
+
+def test_statistics_are_shared_as_the_forward_pass_left_them() -> None:
+    _, setup, state = prepare()
+    split = setup.layout.parameters
+    sent = state[split:]
+    for update in updates_of().values():
+        assert (update[split:] != sent).all()
+
+
+def test_without_sharing_the_client_sends_back_what_it_received() -> None:
+    _, setup, state = prepare()
+    split = setup.layout.parameters
+    shared, withheld = updates_of(), updates_of("federation.share_statistics=false")
+    for task, update in withheld.items():
+        np.testing.assert_array_equal(update[split:], state[split:])
+        np.testing.assert_array_equal(update[:split], shared[task][:split])
+
+
+def test_noise_has_no_effect_without_sharing() -> None:
+    noisy = ("federation.share_statistics=false", "federation.statistics_noise=1")
+    plain = updates_of("federation.share_statistics=false")
+    for task, update in updates_of(*noisy).items():
+        np.testing.assert_array_equal(update, plain[task])
+
+
+def test_noise_does_not_depend_on_rank_or_order() -> None:
+    forth = updates_of("federation.statistics_noise=0.3")
+    back = updates_of("federation.statistics_noise=0.3", tasks=TASKS[::-1])
+    for task in TASKS:
+        np.testing.assert_array_equal(forth[task], back[task])
+
+
+def test_noise_is_that_of_the_client_and_the_round() -> None:
+    _, setup, _ = prepare()
+    split = setup.layout.parameters
+    clean = updates_of()
+    noise = [
+        update[split:] - clean[task][split:]
+        for task, update in updates_of("federation.statistics_noise=0.3").items()
+    ]
+    for i, one in enumerate(noise):
+        assert one.any()
+        for other in noise[:i]:
+            assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3])
+def test_scale_of_the_noise(sigma: float) -> None:
+    _, setup, _ = prepare()
+    split = setup.layout.parameters
+    means, variances = places(setup.model.module)
+    assert means.sum() == variances.sum() == 36
+    clean, noisy = updates_of(), updates_of(f"federation.statistics_noise={sigma}")
+    shifts, factors = [], []
+    for task, update in noisy.items():
+        before, after = clean[task][split:], update[split:]
+        np.testing.assert_array_equal(clean[task][:split], update[:split])
+        # A mean's channel has its variance 12 places behind it.
+        shifts.append((after - before)[means] / np.sqrt(before[variances]) / sigma)
+        factors.append((after / before - 1)[variances] / sigma)
+    for values in (np.concatenate(shifts), np.concatenate(factors)):
+        count = len(values)
+        assert abs(values.mean()) < 4 / np.sqrt(count)
+        assert abs(values.std() - 1) < 4 / np.sqrt(2 * count)
+    assert abs(np.corrcoef(np.concatenate(shifts), np.concatenate(factors))[0, 1]) < 0.25
+
+
+class Mixed(nn.Module):
+    """Float buffers of several kinds, in an order of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.full((3,), 5.0))
+        self.norm = nn.BatchNorm1d(2)
+        self.other = nn.InstanceNorm1d(4, track_running_stats=True)
+        self.register_buffer("count", torch.zeros(1, dtype=torch.int64))
+
+
+def test_noise_is_for_running_means_and_variances_alone() -> None:
+    noise = NoisyStatistics(Mixed(), 0.5)
+    variances = np.array([1, 4, 1, 100, 0, 1], np.float32)
+    start = np.concatenate(
+        [np.full(3, 5), np.zeros(2), variances[:2], np.zeros(4), variances[2:]]
+    ).astype(np.float32)
+    drawn = np.stack([start] * 400)
+    rng = np.random.default_rng(0)
+    for row in drawn:
+        noise.disturb(row, rng)
+    assert (drawn[:, :3] == 5).all()
+    np.testing.assert_allclose(
+        drawn[:, [3, 4, 7, 8, 9, 10]].std(axis=0), 0.5 * np.sqrt(variances), rtol=0.15
+    )
+    assert (drawn[:, [5, 6, 11, 12, 14]] > 0).all()
+    assert not drawn[:, 13].any()
+
+
+def test_a_model_without_statistics_has_nothing_to_disturb() -> None:
+    buffers = np.zeros(0, np.float32)
+    NoisyStatistics(nn.Sequential(nn.GroupNorm(2, 4)), 0.5).disturb(
+        buffers, np.random.default_rng()
+    )
+    NoisyStatistics(nn.BatchNorm1d(4, track_running_stats=False), 0.5).disturb(
+        buffers, np.random.default_rng()
+    )
+
+
+def test_group_norm_shares_no_statistics() -> None:
+    _, setup, state = prepare_group_norm()
+    assert setup.layout.buffers == 0
+    assert len(state) == setup.layout.parameters
+
+
+def prepare_group_norm() -> tuple[ClientWorker, ScenarioSetup, NDArray[np.float32]]:
+    return prepare("model.name=cnn_gn")
+
+
+def success_of(*overrides: str) -> float:
+    """Return the success of the statistics attack on 60 clients of a model in training."""
+    clients = 60
+    worker, setup, _ = prepare(
+        "labels.distribution=unbalanced", "data.auxiliary_per_class=20", *overrides
+    )
+    state = torch.empty(setup.layout.size)
+    setup.initialise(state, (0, 0))
+    model, split = setup.model, setup.layout.parameters
+    model.load(state)
+    model.module.train()
+    rng = np.random.default_rng(0)
+    gradient = torch.empty(split)
+    for _ in range(60):
+        chosen = rng.choice(setup.parts.victim, 32)
+        logits = model.module(setup.samples.inputs(chosen))
+        model.gradient(nn.functional.cross_entropy(logits, setup.samples.targets(chosen)), gradient)
+        model.state[:split].sub_(gradient, alpha=0.1)
+    trained = model.state.numpy().copy()
+    worker.load(trained)
+    statistics, truth = [], []
+    for client in range(clients):
+        message = Message(setup.layout)
+        worker.work(Task(0, 0, client), message)
+        statistics.append(message.payload[split:].copy())
+        truth.append(message.counts.copy())
+    adversary = GlobalModel(model, setup.auxiliary(), setup.samples.shape)
+    adversary.enter(trained, 0, (0, 0))
+    attack = make_attack("batchnorm", {"batches": 200})
+    calibration = attack.calibrate(RestrictedAdversary(adversary, Knowledge.AUXILIARY, 16, 0))
+    observations = Observations(
+        row_sums=np.zeros((clients, 10), np.float32),
+        bias_gradient=None,
+        weight_gradient=None,
+        labels=np.full(clients, 16),
+        keys=np.arange(clients),
+        statistics=np.stack(statistics),
+    )
+    counts = attack.infer(observations, calibration).values
+    return float(np.minimum(counts, truth).sum() / (16 * clients))
+
+
+def test_more_noise_leaves_less_success() -> None:
+    success = [success_of(f"federation.statistics_noise={sigma}") for sigma in (0, 0.02, 0.1, 1)]
+    assert success[0] > success[1] > success[2] > success[3]
+    assert success[0] > success[3] + 0.25
+
+
+def test_withheld_statistics_give_no_information() -> None:
+    assert success_of() > success_of("federation.share_statistics=false") + 0.25
