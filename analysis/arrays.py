@@ -38,7 +38,7 @@ def read_array(given: str) -> NDArray[Any]:
         array = _load(path, name)
     except _DAMAGED as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        if "allow_pickle" in reason:
+        if "allow_pickle" in reason or "Python objects" in reason:
             reason = "it holds Python objects, not numbers: save it as an array of floats"
         raise UserError(f"{path}: cannot read the array: {reason}") from None
     if array.dtype.kind not in "fiu":

@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 # Entries of the resampling matrix that exist at once.
 _BLOCK = 1_000_000
+_FEW = 20
 
 
 def bootstrap_interval(
@@ -17,10 +18,13 @@ def bootstrap_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of a mean, resampling whole clusters.
+    """Return an interval of a mean by whole clusters: percentile bootstrap, or Student's t.
 
     The updates of one round share a global model, and the attacks on them a calibration: only
-    rounds are independent, and resampling single updates would make the interval too narrow.
+    rounds are independent, and resampling single updates would make the interval too narrow. Of
+    fewer than 20 clusters the bootstrap is too narrow as well (of five it covers 83 %, not 95 %):
+    there the interval is that of the clusters' means, weighted by their sizes, with the quantile
+    of Student's distribution.
 
     Parameters
     ----------
@@ -49,6 +53,13 @@ def bootstrap_interval(
     # Deviations from one of the values: a constant sample gives its value without rounding.
     sums = np.bincount(index, weights=x - x[0], minlength=count)
     sizes = np.bincount(index, minlength=count)
+    if count < _FEW:
+        mean = float(sums.sum() / sizes.sum())
+        off = sums - mean * sizes
+        error = np.sqrt(count / (count - 1) * (off @ off)) / sizes.sum()
+        half = float(_quantile(count - 1, (1 + level) / 2) * error)
+        middle = float(mean + x[0])
+        return (middle - half, middle + half)
     means = np.concatenate(
         [
             sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
@@ -57,6 +68,13 @@ def bootstrap_interval(
     )
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2]) + x[0]
     return float(low), float(high)
+
+
+@lru_cache(maxsize=64)
+def _quantile(freedom: int, probability: float) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(probability, freedom))
 
 
 def _draws(count: int, resamples: int, seed: int) -> Iterable[NDArray[np.int64]]:

@@ -10,6 +10,7 @@ from testbed.attacks.assumptions import Facts
 from testbed.attacks.simulation import softmax
 from testbed.errors import UserError
 
+_MOST_LABELS = 1_000_000
 Floats = NDArray[np.float64]
 
 # Of a gradient of the cross entropy the entries of all classes add up to 0, but for rounding.
@@ -77,6 +78,8 @@ def take(
     for name, number in (("batch size", batch_size), ("local steps", local_steps)):
         if number != int(number) or number < 1:
             raise UserError(f"{name}: found {number}, expected a whole number from 1 on")
+    if batch_size * local_steps > _MOST_LABELS:
+        raise UserError(f"batch size: found {batch_size}, expected at most {_MOST_LABELS} labels")
     if learning_rate is not None and not 0 < learning_rate < np.inf:
         raise UserError(f"learning rate: found {learning_rate}, expected a positive number")
     if learning_rate is None and local_steps > 1:

@@ -35,7 +35,7 @@ def table_notes(
     if scored.empty:
         low = high = 0
     count = f"{low}" if low == high else f"{low} to {high}"
-    interval = f"± is the larger side of the {level * 100:g} % bootstrap interval over rounds"
+    interval = f"± is the larger side of the {level * 100:g} % interval over rounds"
     if summary["low"].isna().all():
         interval = "no interval, since it takes two rounds"
     what = TITLES.get(metric, metric)

@@ -199,7 +199,7 @@ def finish(
         names,
         loc="outside lower center",
         ncols=min(len(names), max(2, int(figure.get_figwidth() / width))),
-        title=f"{spread}: {LEVEL * 100:g} % bootstrap interval of the mean{note}",
+        title=f"{spread}: {LEVEL * 100:g} % interval of the mean{note}",
     )
     figure.supylabel(label, fontsize=9)
     set_title(figure, title)

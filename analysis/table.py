@@ -48,7 +48,7 @@ def summarise(frame: "pd.DataFrame", metric: str = "asr") -> "pd.DataFrame":
     -------
     pandas.DataFrame
         Columns ``file``, ``scenario``, the parameters, what `analysis.load` says of the attack
-        (``attack`` to ``broken``), ``metric``, ``mean``, ``low`` and ``high`` (95 % bootstrap
+        (``attack`` to ``broken``), ``metric``, ``mean``, ``low`` and ``high`` (95 %
         interval of the mean over rounds; NaN with one round), ``repetitions`` (updates scored),
         ``rounds`` (those they come from) and ``accuracy`` (mean over the rounds' models). Where
         the metric has baselines also the means of ``random``, ``uniform`` and ``oracle`` over the

@@ -142,6 +142,8 @@ def run_attacks(
     given: "Given", attacks: Sequence[str | Mapping[str, Any]] | None, seed: int
 ) -> list[Outcome]:
     """Return the outcome of each attack; see `attack_update`."""
+    if seed < 0:
+        raise UserError(f"--seed: found {seed}, expected 0 or more")
     from analysis.choice import attack_sections
     from testbed.attacks import attacks as registered
 

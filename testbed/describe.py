@@ -6,7 +6,7 @@ from dataclasses import fields
 from itertools import islice
 
 from testbed.attacks import Assumption, Observed, attacks
-from testbed.attacks.assumptions import Facts, broken_assumptions, not_applicable
+from testbed.attacks.assumptions import Facts, assumptions, broken_assumptions, not_applicable
 from testbed.data import DATASETS, describe
 from testbed.experiment import ResolvedExperiment
 from testbed.models.catalog import MODELS, check_input
@@ -56,7 +56,7 @@ def describe_known(kind: str) -> str:
         for name, attack in attacks().items():
             knobs = ", ".join(f"{field.name}={field.default}" for field in fields(attack))
             looks = ", ".join(part.value for part in Observed if part in attack.observes)
-            assumes = ", ".join(item.value for item in Assumption if item in attack.assumes)
+            assumes = ", ".join(item.value for item in Assumption if item in assumptions(attack))
             answers, knows = attack.answers.value, attack.knowledge.value
             source = attack.source
             rows.append([name, knows, answers, looks, assumes or "-", knobs or "-", source])

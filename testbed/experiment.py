@@ -143,7 +143,9 @@ class AdversarySection(_Section):
     """
 
     batch_size: Literal["known", "estimated"] = "known"
-    batch_size_factor: Positive = 1.0
+    batch_size_factor: Annotated[
+        float, BeforeValidator(_no_bool), Field(gt=0, le=1000, allow_inf_nan=False)
+    ] = 1.0
     auxiliary_noise: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=100)] = 0.0
     auxiliary_missing: Natural = 0
     auxiliary_data: str | None = None
@@ -251,6 +253,14 @@ class Scenario(_Section):
             raise ValueError(
                 f"attacks: {twice[0]!r} stands there twice: give each a `label` of its own"
             )
+        other = (self.adversary.auxiliary_data, self.adversary.auxiliary_root)
+        if other == (self.data.name, self.data.root):
+            raise ValueError(
+                "adversary.auxiliary_data is the victims' data set, of which the server has the "
+                "auxiliary part anyway: name another one"
+            )
+        if other[0] is None and other[1] is not None:
+            raise ValueError("adversary.auxiliary_root is of no use without auxiliary_data")
         if self.data.auxiliary_per_class == 0:
             for attack in self.attacks:
                 if attack.make().knowledge is Knowledge.AUXILIARY:

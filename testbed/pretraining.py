@@ -89,7 +89,7 @@ def _train(
     setup.initialise(start, plan.initial_key(number))
     model.load(start)
     model.module.train()
-    torch.default_generator.manual_seed(seed64(seed, Purpose.PRETRAINING, number, 1))
+    torch.manual_seed(seed64(seed, Purpose.PRETRAINING, number, 1))
     sampler = Sampler(samples.labels, setup.parts.victim, setup.layout.classes)
     rng = stream(seed, Purpose.PRETRAINING, number)
     gradient = torch.empty(split, device=model.state.device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.attacks.assumptions import broken_assumptions, not_applicable
+from testbed.attacks.assumptions import assumptions, broken_assumptions, not_applicable
 from testbed.errors import UserError
 from testbed.experiment import ResolvedExperiment, load_experiment, parse_experiment
 from testbed.failure import Position, agree, guarded
@@ -220,6 +220,7 @@ def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:
     from testbed.startup import lowest_feature
 
     setup = setups.make(plan)
+    setup.auxiliary()  # an error of the user's is told before any rank computes
     layout = setup.layout
     attacks = setup.attacks
     facts = scenario_facts(plan, layout, lowest_feature(plan, setup))
@@ -265,7 +266,7 @@ def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:
                 options=attack.options(),
                 answers=attack.answers.value,
                 observes=sorted(part.value for part in attack.observes),
-                assumes=sorted(assumption.value for assumption in attack.assumes),
+                assumes=sorted(assumption.value for assumption in assumptions(attack)),
                 broken=broken_assumptions(attack, facts),
                 not_applicable=idle[label],
             )

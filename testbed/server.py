@@ -25,6 +25,8 @@ from testbed.startup import ScenarioSetup
 from testbed.transport.base import Downlink
 from testbed.update import Message, UpdateLayout
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 class Clock:
     """Adds up the seconds that each phase of a round takes on the root."""
@@ -79,11 +81,13 @@ class Round:
         self.loss[client] = message.header["loss"]
         self.bytes_on_wire[client] = message.header["payload_bytes"]
         self.seconds[client] = message.header["seconds"]
-        finite = _is_finite(message.payload)
+        sums = layout.weight_gradient(message.payload).sum(axis=1, dtype=np.float64)
+        # Of an update of huge finite numbers, sums may be more than single precision holds.
+        finite = _is_finite(message.payload) and bool((np.abs(sums) < _LARGEST).all())
         self.finite[client] = finite
         if finite:
             weight = layout.weight_gradient(message.payload)
-            self.row_sums[client] = weight.sum(axis=1, dtype=np.float64)
+            self.row_sums[client] = sums
             bias = layout.bias_gradient(message.payload)
             if self.bias is not None and bias is not None:
                 self.bias[client] = bias

@@ -42,8 +42,8 @@ class GlobalModel:
     """One global model, and its outputs on the adversary's inputs: computed once, whoever asks.
 
     Modules run as in inference, but for BatchNorm, which normalises by the batch as it does on a
-    client; its running statistics are left alone. The auxiliary samples of a class then form a
-    batch of their own, as in the paper's definition of the class-pure gradients.
+    client. The auxiliary samples then run in batches of mixed classes, of a client's size; those of
+    each class in a batch of their own where an attack is defined by class-pure gradients.
 
     Parameters
     ----------
@@ -73,6 +73,7 @@ class GlobalModel:
         self.local_steps, self.learning_rate = local_steps, learning_rate
         self._norms = [module for module in model.module.modules() if isinstance(module, Norm)]
         self._outputs: dict[object, Outputs] = {}
+        self._sorted: dict[object, Outputs] = {}
         self._state = torch.zeros(model.layout.size)
         self._key: tuple[int, ...] = ()
         self._seed = 0
@@ -87,6 +88,7 @@ class GlobalModel:
         self._state.copy_(torch.from_numpy(state))
         self._seed, self._key = seed, key
         self._outputs.clear()
+        self._sorted.clear()
 
     def after(self, update: NDArray[np.float32]) -> "GlobalModel":
         """Return the model that a client ended with; see `testbed.attacks.Adversary`."""
@@ -135,9 +137,32 @@ class GlobalModel:
             return Outputs(pair.posterior[:1], pair.features[:1], None)
         return self._cached((kind, samples), lambda: [self._dummy(kind, samples)], None)
 
-    def on_auxiliary(self) -> Outputs:
-        """Return the outputs on the auxiliary samples."""
-        return self._cached("auxiliary", self._auxiliary_batches, self._auxiliary.labels)
+    def on_auxiliary(self, batch_size: int | None = None) -> Outputs:
+        """Return the outputs on the auxiliary samples.
+
+        ``batch_size`` is that of the mixed batches of a model with BatchNorm; None for batches of
+        one class each.
+        """
+        labels = self._auxiliary.labels
+        if batch_size is None or not self._norms:
+            return self._cached("auxiliary", self._auxiliary_batches, labels)
+        # The first sample of every class, the second of every class, and so on.
+        starts = np.searchsorted(labels, labels)
+        order = np.argsort(np.arange(len(labels)) - starts, kind="stable")
+        parts = np.array_split(order, max(1, len(order) // max(2, batch_size)))
+        inputs = self._auxiliary.inputs
+
+        def batches() -> Iterator[torch.Tensor]:
+            return (inputs[torch.from_numpy(part)] for part in parts)
+
+        key = ("mixed", batch_size)
+        mixed = self._cached(key, batches, labels[order])
+        if key not in self._sorted:
+            back = np.argsort(order)
+            self._sorted[key] = Outputs(mixed.posterior[back], mixed.features[back], labels)
+            for array in vars(self._sorted[key]).values():
+                array.flags.writeable = False
+        return self._sorted[key]
 
     def simulate(self, batches: NDArray[np.int64]) -> Observations:
         """Observe simulated clients; see `testbed.attacks.Adversary`."""
@@ -169,7 +194,7 @@ class GlobalModel:
         model = self._model
         model.load(self._state)
         model.module.train()
-        torch.default_generator.manual_seed(seed64(self._seed, Purpose.LOCAL, *self._key))
+        torch.manual_seed(seed64(self._seed, Purpose.LOCAL, *self._key))
         gradient = torch.empty(split, device=model.state.device)
         total = torch.zeros_like(gradient)
         for step, chosen in enumerate(batches):
@@ -449,9 +474,9 @@ class RestrictedAdversary:
         """Return the model's outputs on dummy inputs."""
         return self._with(Knowledge.MODEL).on_dummy(kind, samples)
 
-    def on_auxiliary(self) -> Outputs:
+    def on_auxiliary(self, *, pure: bool = False) -> Outputs:
         """Return the model's outputs on the auxiliary samples."""
-        return self._with(Knowledge.AUXILIARY).on_auxiliary()
+        return self._with(Knowledge.AUXILIARY).on_auxiliary(None if pure else self.batch_size)
 
     def after(self, update: NDArray[np.float32]) -> "RestrictedAdversary":
         """Return the adversary at the model that a client ended with."""

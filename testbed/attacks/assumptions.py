@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from testbed.attacks.base import Assumption, Attack, Knowledge, Observed
+from testbed.attacks.base import Answer, Assumption, Attack, Knowledge, Observed
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,16 @@ def not_applicable(attack: Attack, facts: Facts) -> str:
     return ""
 
 
+def assumptions(attack: type[Attack] | Attack) -> frozenset[Assumption]:
+    """Return what an attack assumes: what it declares, and who counts labels knows how many."""
+    counts = attack.answers is Answer.COUNTS
+    return attack.assumes | ({Assumption.KNOWN_SIZE} if counts else set())
+
+
 def broken_assumptions(attack: Attack, facts: Facts) -> Mapping[str, str]:
     """Return the assumptions of an attack that a scenario breaks, and what was found instead."""
     broken = {}
-    for assumption in sorted(attack.assumes, key=lambda item: item.value):
+    for assumption in sorted(assumptions(attack), key=lambda item: item.value):
         found = _CHECKS[assumption](facts)
         if found:
             broken[assumption.value] = found

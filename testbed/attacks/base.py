@@ -323,11 +323,12 @@ class Adversary(Protocol):
         ``zeros``, ``ones``, ``random`` (uniform in [0, 1)) or ``normal`` (standard normal).
         """
 
-    def on_auxiliary(self) -> Outputs:
+    def on_auxiliary(self, *, pure: bool = False) -> Outputs:
         """Run the global model on the auxiliary samples (`Knowledge.AUXILIARY`).
 
         They cover every class, unless the experiment takes classes away
-        (``adversary.auxiliary_missing``).
+        (``adversary.auxiliary_missing``). With BatchNorm, samples run in batches of mixed classes
+        of a client's size, or, if ``pure``, those of each class in a batch of their own.
         """
 
     def after(self, update: NDArray[np.float32]) -> "Adversary":

@@ -151,7 +151,7 @@ class LLGPlus(_CalibratedLLG):
 
     @override
     def _outputs(self, adversary: Adversary) -> Outputs:
-        return adversary.on_auxiliary()
+        return adversary.on_auxiliary(pure=True)
 
 
 def _pure_row_sums(outputs: Outputs) -> NDArray[np.float64]:

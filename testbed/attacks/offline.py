@@ -79,7 +79,7 @@ class ArrayAdversary:
         """Refuse: dummy inputs have to be run through the model."""
         self._lacks_model(Knowledge.MODEL, "to run it on dummy inputs")
 
-    def on_auxiliary(self) -> Outputs:
+    def on_auxiliary(self, *, pure: bool = False) -> Outputs:  # noqa: ARG002
         """Return the outputs on the auxiliary samples, sorted by class."""
         self._require(Knowledge.AUXILIARY)
         if self._auxiliary is None:

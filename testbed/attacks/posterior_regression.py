@@ -7,7 +7,7 @@ simulation, without a single backward pass.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -68,7 +68,7 @@ class LinearPosteriorRegression(_Simulation, Attack):
     with the least mean squared error is in closed form:
     ``1/C + v M^T (M Cov(s) M^T + mean_c Sigma_c / B)^-1 (x - M 1/C)``. The covariance is shrunk
     towards its diagonal (Ledoit and Wolf 2004). For several local steps, the last layer's change on
-    the way makes the moments intractable, and the same estimate is fitted to simulated updates.
+    the way has no closed form, and the moments are fitted to simulated updates.
 
     Attributes
     ----------
@@ -93,35 +93,41 @@ class LinearPosteriorRegression(_Simulation, Attack):
     @override
     def calibrate(self, adversary: Adversary) -> Calibration:
         auxiliary = Auxiliary.of(adversary)
-        classes = adversary.classes
-        if adversary.local_steps == 1:
-            variance = share_variance(self.prior, adversary.batch_size, classes, alpha=self.alpha)
-            center, slope = _closed_form(auxiliary, variance, adversary.batch_size)
+        classes, steps = adversary.classes, adversary.local_steps
+        if steps == 1:
+            center, means, within = _closed_form(auxiliary, adversary.batch_size)
         else:
-            center, slope = self._simulated(adversary, auxiliary)
+            center, means, within = self._simulated(adversary, auxiliary)
+        variance = share_variance(self.prior, adversary.batch_size, classes, steps, self.alpha)
+        joint = variance * (means - means.mean(axis=0))
+        slope = _solve(means.T @ joint + within, joint.T)
+        # Row sums were in the features' unit.
+        scale = np.repeat([1.0, auxiliary.unit], classes)
+        slope /= scale[:, None]
         return {
             "bias": slope[None, :classes],
             "row_sums": slope[None, classes:],
-            "intercept": (1 / classes - center @ slope)[None],
+            "intercept": (1 / classes - (center * scale) @ slope)[None],
         }
 
-    def _simulated(self, adversary: Adversary, auxiliary: Auxiliary) -> tuple[Floats, Floats]:
-        """Return the mean of x, and the estimate's slope, from simulated updates."""
+    def _simulated(self, adversary: Adversary, auxiliary: Auxiliary) -> tuple[Floats, ...]:
+        """Return what `_closed_form` returns, fitted to simulated updates."""
         rng = np.random.Generator(np.random.PCG64(adversary.seed))
         shape = self.simulations, adversary.local_steps, adversary.batch_size
         labels, chosen = auxiliary.draw(self.prior, shape, rng, self.alpha)
-        x = np.concatenate(
-            [
-                np.concatenate([bias, weight.sum(axis=2, dtype=np.float64)], axis=1)
-                for bias, weight in auxiliary.simulate(adversary, chosen)
-            ]
-        )
+        observed = [
+            replace(adversary.simulate(part), weight_gradient=None)
+            for part in auxiliary.parts(chosen)
+        ]
+        rows = np.concatenate([part.row_sums for part in observed]).astype(np.float64)
+        bias = np.concatenate([part.bias_gradient for part in observed]).astype(np.float64)
+        x = np.concatenate([bias, rows / auxiliary.unit], axis=1) / adversary.local_steps
         shares = count_labels(labels, adversary.classes) / labels[0].size
+        shares -= shares.mean(axis=0)
         center = x.mean(axis=0)
-        within = x - center
-        joint = within.T @ (shares - shares.mean(axis=0)) / len(x)
-        slope = _solve(_shrunk(within, np.full(len(x), 1 / len(x))), joint)
-        return _rescaled(center, slope, auxiliary.unit)
+        means = np.linalg.lstsq(shares, x - center, rcond=1e-9)[0]
+        residual = x - center - shares @ means
+        return center, means, _shrunk(residual, np.full(len(x), 1 / len(x)))
 
     @override
     def infer(self, observations: Observations, calibration: Calibration) -> LabelCounts:
@@ -155,16 +161,22 @@ class PosteriorRegression(_Simulation, Attack):
     ----------
     prior, alpha
         How labels are distributed; see `testbed.attacks.label_priors`.
-    examples
-        Classes of simulated updates to learn from: there are ``examples / C`` updates.
+    simulations
+        Simulated updates for ten classes. For C classes there are sqrt(10 / C) times as many, since
+        the network learns from each class of each of them.
     forward_batches
         At most so many simulated updates where each costs a forward pass.
+    noise
+        Standard deviation of the Gaussian noise that clients add to their updates as a defence, as
+        far as the server knows: the network then learns from gradients as noisy. What is small in
+        a gradient is what noise hides first.
     hidden, steps
         Width of the network, and steps of its training.
     """
 
-    examples: Annotated[int, Field(ge=100, le=10_000_000)] = 30_000
+    simulations: Annotated[int, Field(ge=10, le=1_000_000)] = 3000
     forward_batches: Annotated[int, Field(ge=10, le=100_000)] = 300
+    noise: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     hidden: Annotated[int, Field(ge=1, le=1024)] = 32
     steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1200
 
@@ -195,7 +207,7 @@ class PosteriorRegression(_Simulation, Attack):
     def calibrate(self, adversary: Adversary) -> Calibration:
         auxiliary = Auxiliary.of(adversary)
         rng = np.random.Generator(np.random.PCG64(adversary.seed))
-        updates = max(-(-self.examples // adversary.classes), 10)
+        updates = max(round(self.simulations * (10 / adversary.classes) ** 0.5), _RESAMPLES)
         if has_norms(adversary):
             updates = min(updates, self.forward_batches)
         inputs, shares = [], []
@@ -204,6 +216,11 @@ class PosteriorRegression(_Simulation, Attack):
             labels, chosen = auxiliary.draw(self.prior, shape, rng, self.alpha)
             known = class_statistics(auxiliary, auxiliary.resampled(rng)).in_unit(auxiliary.unit)
             for bias, weight in auxiliary.simulate(adversary, chosen):
+                if self.noise:
+                    size = self.noise / adversary.local_steps
+                    bias = np.clip(bias + size * rng.standard_normal(bias.shape), -1, 1)
+                    noise = rng.standard_normal(weight.shape, np.float32)
+                    weight += np.float32(size / auxiliary.unit) * noise
                 inputs.append(row_features(bias, weight, known))
             shares.append(count_labels(labels, adversary.classes) / labels[0].size)
         network = fit_network(
@@ -253,8 +270,18 @@ def _answer(shares: Floats, observations: Observations) -> LabelCounts:
     return LabelCounts(largest_remainder(scores, observations.labels), scores)
 
 
-def _closed_form(auxiliary: Auxiliary, variance: float, size: int) -> tuple[Floats, Floats]:
-    """Return the mean of x = (bias gradient, row sums), and the slope of the estimate, [2C, C]."""
+def _closed_form(auxiliary: Auxiliary, size: int) -> tuple[Floats, ...]:
+    """Return the moments of x = (bias gradient, row sums) of a batch.
+
+    Returns
+    -------
+    center
+        float64 [2C]: mean of x, where all classes are alike.
+    means
+        [C, 2C]: what each class's share adds to the mean.
+    within
+        [2C, 2C]: covariance of x given the shares, its mean over the shares.
+    """
     classes = auxiliary.posterior.shape[1]
     member = np.eye(classes)[auxiliary.labels]
     residual = auxiliary.posterior - member
@@ -268,15 +295,7 @@ def _closed_form(auxiliary: Auxiliary, variance: float, size: int) -> tuple[Floa
     within = x - means[auxiliary.labels]
     # Each class counts alike, and loses a degree of freedom to its mean.
     weights = (1 / np.maximum(count - 1, 1))[auxiliary.labels] / present.sum()
-    spread = np.eye(classes) - 1 / classes
-    covariance = variance * means.T @ spread @ means + _shrunk(within, weights) / size
-    return _rescaled(center, _solve(covariance, variance * means.T @ spread), auxiliary.unit)
-
-
-def _rescaled(center: Floats, slope: Floats, unit: float) -> tuple[Floats, Floats]:
-    """Return the same estimate for row sums in their own unit."""
-    factor = np.repeat([1.0, unit], len(center) // 2)
-    return center * factor, slope / factor[:, None]
+    return center, means, _shrunk(within, weights) / size
 
 
 def _solve(covariance: Floats, joint: Floats) -> Floats:

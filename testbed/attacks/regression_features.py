@@ -129,6 +129,12 @@ class Auxiliary:
             np.add.at(weights, rng.choice(own, len(own)), 1)
         return weights
 
+    def parts(self, chosen: Indices) -> list[Indices]:
+        """Split the samples of simulated updates [S, E, B] so that gradients fit into memory."""
+        rows = max(chosen.shape[2], self.posterior.shape[1])
+        parts = -(-len(chosen) * rows * self.features.shape[1] // _CHUNK)
+        return np.array_split(chosen, min(len(chosen), parts))
+
     def simulate(self, adversary: Adversary, chosen: Indices) -> Iterator[tuple[Floats, Singles]]:
         """Yield the mean gradients of simulated clients, in parts of bounded size.
 
@@ -140,10 +146,9 @@ class Auxiliary:
             float32 [n, C, at most D], as `in_unit` gives it.
         """
         classes, width = self.posterior.shape[1], self.features.shape[1]
-        updates, steps, size = chosen.shape
-        parts = min(updates, -(-updates * max(size, classes) * width // _CHUNK))
+        steps, size = chosen.shape[1:]
         if steps > 1 or has_norms(adversary):
-            for part in np.array_split(chosen, parts):
+            for part in self.parts(chosen):
                 observed = adversary.simulate(part)
                 bias = np.asarray(observed.bias_gradient, np.float64) / steps
                 yield bias, in_unit(observed.weight_gradient, self.unit * steps)
@@ -153,9 +158,9 @@ class Auxiliary:
         hot = np.eye(classes, dtype=np.float32)[self.labels]
         residual = self.posterior.astype(np.float32) - hot
         features = (self.features[:, _columns(width)] / self.unit).astype(np.float32)
-        for part in np.array_split(chosen[:, 0], parts):
-            own = residual[part] / np.float32(size)
-            weight: Singles = np.matmul(own.swapaxes(1, 2), features[part])
+        for part in self.parts(chosen):
+            own = residual[part[:, 0]] / np.float32(size)
+            weight: Singles = np.matmul(own.swapaxes(1, 2), features[part[:, 0]])
             yield own.sum(axis=1, dtype=np.float64), weight
 
 

@@ -5,15 +5,17 @@ from analysis import bootstrap
 from analysis.bootstrap import bootstrap_interval
 
 
-def test_bootstrap_interval_covers_as_often_as_it_says():
+@pytest.mark.parametrize("count", [2, 3, 5, 19, 40])
+def test_intervals_cover_as_often_as_they_say(count):
     generator = np.random.default_rng(3)
     covered = []
-    for _ in range(200):
-        rounds = generator.normal(0.5, 0.1, size=40)
-        values = (rounds[:, None] + generator.normal(0, 0.02, size=(40, 5))).ravel()
-        low, high = bootstrap_interval(values, np.repeat(np.arange(40), 5), resamples=300)
+    for _ in range(400):
+        rounds = generator.normal(0.5, 0.1, size=count)
+        values = (rounds[:, None] + generator.normal(0, 0.02, size=(count, 5))).ravel()
+        clusters = np.repeat(np.arange(count), 5)
+        low, high = bootstrap_interval(values, clusters, resamples=300)
         covered.append(low <= 0.5 <= high)
-    assert 0.88 <= np.mean(covered) <= 0.99
+    assert 0.90 <= np.mean(covered) <= 0.99
 
 
 def test_bootstrap_resamples_clusters_and_not_values():
@@ -26,8 +28,13 @@ def test_bootstrap_resamples_clusters_and_not_values():
 
 def test_bootstrap_weighs_clusters_by_their_size():
     values, clusters = np.array([1.0] + [0.0] * 9), np.array([0] + [1] * 9)
-    # Three outcomes: the first twice (mean 1), both (0.1; half of all), the second twice (0).
-    assert bootstrap_interval(values, clusters, level=0.4) == pytest.approx((0.1, 0.1))
+    low, high = bootstrap_interval(values, clusters)
+    assert (low + high) / 2 == pytest.approx(0.1)
+    # Thirty small clusters of ones, and a hundred times as many zeros in thirty large ones.
+    values = np.concatenate([np.ones(30), np.zeros(3000)])
+    clusters = np.concatenate([np.arange(30), 30 + np.arange(3000) // 100])
+    low, high = bootstrap_interval(values, clusters)
+    assert 0.005 < low < 30 / 3030 < high < 0.016
 
 
 def test_bootstrap_of_degenerate_samples():

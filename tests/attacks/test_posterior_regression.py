@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from testbed.attacks import Outputs, make_attack
+from testbed.attacks import Head, Outputs, make_attack
 from testbed.attacks.label_priors import count_labels
 from testbed.attacks.posterior_regression import LinearPosteriorRegression, PosteriorRegression
 from testbed.attacks.regression_features import (
@@ -22,8 +22,9 @@ from testbed.attacks.regression_features import (
     row_features,
 )
 from testbed.attacks.regression_network import _gradients, fit_network
+from testbed.attacks.simulation import simulate_head
 
-SMALL = PosteriorRegression(examples=4000, steps=250, forward_batches=60)
+SMALL = PosteriorRegression(simulations=400, steps=250, forward_batches=60)
 BOTH = [LinearPosteriorRegression(simulations=300), SMALL]
 
 
@@ -98,13 +99,34 @@ def test_linear_estimate_of_several_steps_is_fitted_to_simulated_clients():
     assert success(federation.run(attack, observed).counts, counts) > 0.9
 
 
+def test_linear_estimate_of_several_steps_has_all_columns_of_a_wide_layer():
+    rng = np.random.default_rng(7)
+    posterior, features = random_posterior(rng, 4, 4), rng.normal(size=(4, 2500))
+    alike = np.repeat(np.arange(4), 2)
+    outputs = Outputs(posterior[alike], features[alike], alike)
+    # The layer all but stays where it is, so that both steps are linear in the labels.
+    head = Head(np.zeros((4, 2500)), np.log(posterior[0]))
+    outputs = replace(outputs, posterior=np.tile(posterior[0], (8, 1)))
+    adversary = server(
+        outputs,
+        6,
+        local_steps=2,
+        simulate=lambda chosen: simulate_head(outputs, head, chosen, 1e-9),
+    )
+    labels = rng.integers(4, size=(10, 12))
+    observed = adversary.simulate(2 * labels.reshape(10, 2, 6))
+    attack = LinearPosteriorRegression(simulations=60)
+    inferred = infer(attack, observed, attack.calibrate(adversary))
+    np.testing.assert_array_equal(inferred.counts, count_labels(labels[:, None], 4))
+
+
 # The learned one
 
 
 def test_an_untrained_model_tells_the_counts():
     federation = Federation(perceptron(), batch_size=8)
     observed, counts = federation.draw(20)
-    attack = PosteriorRegression(examples=10_000, steps=600)
+    attack = PosteriorRegression(simulations=1000, steps=600)
     assert success(federation.run(attack, observed).counts, counts) > 0.96
 
 
@@ -116,6 +138,19 @@ def test_samples_that_the_model_is_sure_of_are_recovered(trained):
     }
     learned = success(trained.run(PosteriorRegression(), observed).counts, counts)
     assert learned > max(found.values()) + 0.1
+
+
+def test_who_knows_of_the_noise_reads_more_from_noisy_updates(trained):
+    observed, counts = trained.clients(skewed(25, 32))
+    rng = np.random.default_rng(1)
+    bias = observed.bias_gradient + 1e-3 * rng.normal(size=observed.bias_gradient.shape)
+    weight = observed.weight_gradient + 1e-3 * rng.normal(size=observed.weight_gradient.shape)
+    noisy = replace(observed, bias_gradient=bias, weight_gradient=weight)
+    plain, adapted = (
+        success(trained.run(replace(SMALL, noise=noise), noisy).counts, counts)
+        for noise in (0.0, 1e-3)
+    )
+    assert adapted > plain + 0.05
 
 
 @pytest.mark.parametrize("local_steps", [1, 3])
