@@ -110,8 +110,8 @@ def test_text_is_aligned_and_complete(frame):
 
 
 def test_half_width_is_the_larger_side(tmp_path):
-    path = build(tmp_path / "run.h5", [Spec(rounds=10, clients=1, attacks=["llg"])])
-    frame = analysis.load(path).assign(asr=[1.0] * 9 + [0.0])
+    path = build(tmp_path / "run.h5", [Spec(rounds=30, clients=1, attacks=["llg"])])
+    frame = analysis.load(path).assign(asr=[1.0] * 27 + [0.0] * 3)
     row = summarise(frame).iloc[0]
     assert row["mean"] - row["low"] > row["high"] - row["mean"]
     assert f"0.900 ±{row['mean'] - row['low']:.3f}" in render(frame)
