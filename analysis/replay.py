@@ -321,6 +321,7 @@ class _Scenario:
         )
 
     def _described(self, one: Replayed) -> "AttackHeader":
+        from testbed.attacks.assumptions import assumptions
         from testbed.results.writer import AttackHeader
 
         attack = one.attack
@@ -332,7 +333,7 @@ class _Scenario:
             options=attack.options(),
             answers=attack.answers.value,
             observes=sorted(part.value for part in attack.observes),
-            assumes=sorted(assumption.value for assumption in attack.assumes),
+            assumes=sorted(item.value for item in assumptions(attack)),
             broken=self._stored.broken(attack),
             not_applicable=self._idle[one.label],
         )

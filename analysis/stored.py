@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from testbed.attacks import Assumption, Attack
-from testbed.attacks.assumptions import Facts, broken_assumptions
+from testbed.attacks.assumptions import Facts, assumptions, broken_assumptions
 from testbed.attacks.base import Knowledge
 from testbed.data import DATASETS, describe
 from testbed.errors import UserError
@@ -97,7 +97,7 @@ class StoredScenario:
             for info in self.scenario.attacks.values()
             for name in info.assumes
         }
-        names = (item.value for item in Assumption if item in attack.assumes)
+        names = (item.value for item in Assumption if item in assumptions(attack))
         broken = {name: found.get(name, computed.get(name, "")) for name in sorted(names)}
         return {name: what for name, what in broken.items() if what}
 
