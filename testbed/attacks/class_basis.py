@@ -84,7 +84,7 @@ class ClassBasis(Attack):
 
     @override
     def calibrate(self, adversary: Adversary) -> Calibration:
-        outputs = adversary.on_auxiliary()
+        outputs = adversary.on_auxiliary(pure=True)
         if adversary.local_steps == 1:
             weight, bias = _one_step(outputs)
             mixed_weight, mixed_bias = np.zeros_like(weight[0]), np.zeros_like(bias[0])

@@ -116,7 +116,7 @@ class FixedAdversary:
     def on_dummy(self, _kind, samples):
         return Outputs(np.tile(self._q, (samples, 1)), np.tile(self._h, (samples, 1)), None)
 
-    def on_auxiliary(self):
+    def on_auxiliary(self, **_):
         labels = np.repeat(np.arange(self.classes), 3)
         outputs = self.on_dummy("", len(labels))
         return Outputs(outputs.posterior, outputs.features, labels)
@@ -149,7 +149,7 @@ def test_calibration_is_the_paper_s_average_over_class_pure_batches():
             s += np.where(np.arange(classes) == c, 0, g) / (repetitions * (classes - 1))
     m *= 1 + 1 / classes
     adversary = SimpleNamespace(
-        classes=classes, batch_size=batch_size, on_auxiliary=lambda: outputs
+        classes=classes, batch_size=batch_size, on_auxiliary=lambda **_: outputs
     )
     calibration = make_attack("llg_plus", {}).calibrate(adversary)
     assert calibration["impact"][0] == pytest.approx(m, rel=0.01)
@@ -163,7 +163,7 @@ def test_the_batch_size_enters_the_calibration_as_one_over_b(seed, batch_size):
 
     def calibrate(size):
         return attack.calibrate(
-            SimpleNamespace(classes=4, batch_size=size, on_auxiliary=lambda: outputs)
+            SimpleNamespace(classes=4, batch_size=size, on_auxiliary=lambda **_: outputs)
         )
 
     one, many = calibrate(1), calibrate(batch_size)
@@ -177,7 +177,7 @@ def test_a_class_without_auxiliary_samples_is_taken_for_the_mean_of_the_others()
     adversary = SimpleNamespace(
         classes=4,
         batch_size=8,
-        on_auxiliary=lambda: Outputs(
+        on_auxiliary=lambda **_: Outputs(
             outputs.posterior[kept], outputs.features[kept], outputs.labels[kept]
         ),
     )
