@@ -72,9 +72,9 @@ def bootstrap_interval(
 
 @lru_cache(maxsize=64)
 def _quantile(freedom: int, probability: float) -> float:
-    from scipy.stats import t
+    from scipy.special import stdtrit  # an order of magnitude sooner imported than scipy.stats
 
-    return float(t.ppf(probability, freedom))
+    return float(stdtrit(freedom, probability))
 
 
 def _draws(count: int, resamples: int, seed: int) -> Iterable[NDArray[np.int64]]:

@@ -81,12 +81,14 @@ class Round:
         self.loss[client] = message.header["loss"]
         self.bytes_on_wire[client] = message.header["payload_bytes"]
         self.seconds[client] = message.header["seconds"]
-        sums = layout.weight_gradient(message.payload).sum(axis=1, dtype=np.float64)
-        # Of an update of huge finite numbers, sums may be more than single precision holds.
-        finite = _is_finite(message.payload) and bool((np.abs(sums) < _LARGEST).all())
+        weight = layout.weight_gradient(message.payload)
+        finite = _is_finite(message.payload)
+        if finite:
+            sums = weight.sum(axis=1, dtype=np.float64)
+            # Of an update of huge finite numbers, sums may be more than single precision holds.
+            finite = bool((np.abs(sums) < _LARGEST).all())
         self.finite[client] = finite
         if finite:
-            weight = layout.weight_gradient(message.payload)
             self.row_sums[client] = sums
             bias = layout.bias_gradient(message.payload)
             if self.bias is not None and bias is not None:

@@ -123,7 +123,7 @@ def test_ranks_without_mpi4py_say_what_to_install(tmp_path):
 def test_analysis_needs_neither_torch_nor_mpi(tmp_path):
     experiment = write_experiment(tmp_path / "e.yaml")
     assert run_testbed("run", experiment, "-o", tmp_path / "r.h5").status == 0
-    missing = ["torch", "mpi4py", "sklearn", "scipy"]
+    missing = ["torch", "mpi4py", "sklearn"]
     for arguments in (["show"], ["table"], ["figures", "-o", str(tmp_path / "figures")]):
         done = without(missing, "analysis", arguments[0], tmp_path / "r.h5", *arguments[1:])
         assert done.status == 0, done.err

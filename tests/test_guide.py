@@ -49,7 +49,8 @@ def test_what_the_guide_says_of_the_results(folder: Path) -> None:
     flat = frame[(frame.attack == "Flat") & (frame.batch_size == 32)]
     means = flat.groupby("steps")[["asr", "uniform"]].mean()
     assert means["asr"][0] > 0.95
-    assert means["asr"][200] < means["uniform"][200]
+    advantage = (means["asr"] - means["uniform"]) / (1 - means["uniform"])
+    assert advantage[200] < 0.25
 
 
 def test_the_same_attack_replayed_is_the_same(folder: Path) -> None:

@@ -74,7 +74,7 @@ def server(outputs, batch_size=8, local_steps=1, **more):
         batch_size=batch_size,
         local_steps=local_steps,
         seed=7,
-        on_auxiliary=lambda: outputs,
+        on_auxiliary=lambda **_: outputs,
         on_dummy=lambda _kind, _samples: Outputs(outputs.posterior, outputs.features, None),
         **more,
     )
