@@ -170,8 +170,11 @@ def prepare_group_norm() -> tuple[ClientWorker, ScenarioSetup, NDArray[np.float3
     return prepare("model.name=cnn_gn")
 
 
-def success_of(*overrides: str) -> float:
-    """Return the success of the statistics attack on 60 clients of a model in training."""
+def success_of(*overrides: str, noise: float = 0.0) -> float:
+    """Return the success of the statistics attack on 60 clients of a model in training.
+
+    ``noise`` is what the server knows of the defence.
+    """
     clients = 60
     worker, setup, _ = prepare(
         "labels.distribution=unbalanced", "data.auxiliary_per_class=20", *overrides
@@ -198,7 +201,7 @@ def success_of(*overrides: str) -> float:
         truth.append(message.counts.copy())
     adversary = GlobalModel(model, setup.auxiliary(), setup.samples.shape)
     adversary.enter(trained, 0, (0, 0))
-    attack = make_attack("batchnorm", {"batches": 200})
+    attack = make_attack("batchnorm", {"batches": 200, "noise": noise})
     calibration = attack.calibrate(RestrictedAdversary(adversary, Knowledge.AUXILIARY, 16, 0))
     observations = Observations(
         row_sums=np.zeros((clients, 10), np.float32),
@@ -216,6 +219,30 @@ def test_more_noise_leaves_less_success() -> None:
     success = [success_of(f"federation.statistics_noise={sigma}") for sigma in (0, 0.02, 0.1, 1)]
     assert success[0] > success[1] > success[2] > success[3]
     assert success[0] > success[3] + 0.25
+
+
+@pytest.mark.parametrize(("sigma", "gain"), [(0.02, 0.03), (0.1, 0.07)])
+def test_a_server_that_knows_of_the_noise_loses_less(sigma: float, gain: float) -> None:
+    defence = f"federation.statistics_noise={sigma}"
+    assert success_of(defence, noise=sigma) > success_of(defence) + gain
+
+
+def test_noise_that_the_server_simulates_is_that_of_the_clients() -> None:
+    _, setup, state = prepare()
+    adversary = GlobalModel(setup.model, setup.auxiliary(), setup.samples.shape)
+    adversary.enter(state, 0, (0, 0))
+    server = RestrictedAdversary(adversary, Knowledge.MODEL, 16, 0)
+    sent = np.tile(server.statistics_sent(), (2, 1))
+    before = sent.copy()
+    noisy = server.disturbed(sent, 0.1, np.random.default_rng(5))
+    np.testing.assert_array_equal(sent, before)
+    noise, rng = NoisyStatistics(setup.model.module, 0.1), np.random.default_rng(5)
+    for row in sent:
+        noise.disturb(row, rng)
+    np.testing.assert_array_equal(noisy, sent)
+    blind = RestrictedAdversary(adversary, Knowledge.GRADIENTS, 16, 0)
+    with pytest.raises(PermissionError):
+        blind.disturbed(sent, 0.1, rng)
 
 
 def test_withheld_statistics_give_no_information() -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from testbed.attacks.base import Head, Knowledge, Normalised, Observations, Outputs, Planted
 from testbed.attacks.simulation import head_gradient, simulate_head
 from testbed.models.flat import FlatModel
+from testbed.norm_statistics import NoisyStatistics
 from testbed.samples import Samples
 from testbed.seeds import Purpose, seed64, stream
 
@@ -224,6 +225,15 @@ class GlobalModel:
     def momentum(self) -> NDArray[np.float32]:
         """Return the weight of a new batch in each buffer's running average, [S]."""
         return self._momentum
+
+    def disturbed(
+        self, statistics: NDArray[np.float32], sigma: float, rng: np.random.Generator
+    ) -> NDArray[np.float32]:
+        """Add a client's noise to statistics; see `testbed.attacks.Adversary`."""
+        noise, noisy = NoisyStatistics(self._model.module, sigma), statistics.copy()
+        for row in noisy:
+            noise.disturb(row, rng)
+        return noisy
 
     @cached_property
     def _momentum(self) -> NDArray[np.float32]:
@@ -506,6 +516,12 @@ class RestrictedAdversary:
     def momentum(self) -> NDArray[np.float32]:
         """Return the weight of a new batch in each buffer's running average."""
         return self._with(Knowledge.MODEL).momentum()
+
+    def disturbed(
+        self, statistics: NDArray[np.float32], sigma: float, rng: np.random.Generator
+    ) -> NDArray[np.float32]:
+        """Return statistics as noisy as clients share them."""
+        return self._with(Knowledge.MODEL).disturbed(statistics, sigma, rng)
 
     def normalised(self, statistics: NDArray[np.float32]) -> Normalised:
         """Run the auxiliary samples, normalised as a client's batch was."""

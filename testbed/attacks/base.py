@@ -390,6 +390,21 @@ class Adversary(Protocol):
         (`Knowledge.MODEL`).
         """
 
+    def disturbed(
+        self, statistics: NDArray[np.float32], sigma: float, rng: np.random.Generator
+    ) -> NDArray[np.float32]:
+        """Return statistics [n, S] as noisy as clients share them (`Knowledge.MODEL`).
+
+        Parameters
+        ----------
+        statistics
+            float32 [n, S], without noise; left as they are.
+        sigma
+            As ``federation.statistics_noise``.
+        rng
+            Its state decides the noise.
+        """
+
     def normalised(self, statistics: NDArray[np.float32]) -> Normalised:
         """Run the auxiliary samples, normalised as a client's batch was (`Knowledge.AUXILIARY`).
 

@@ -15,7 +15,7 @@ before and after it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -55,11 +55,15 @@ class _Regression(Attack):
         Of the label distributions among them; see `testbed.attacks.label_priors`.
     alpha
         Concentration of the prior ``dirichlet``.
+    noise
+        The clients' ``federation.statistics_noise`` as far as the server knows of it: the
+        regression is then fitted to statistics as noisy.
     """
 
     batches: Annotated[int, Field(ge=4, le=100_000)] = 600
     prior: Prior = "mixed"
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    noise: Annotated[float, Field(ge=0, le=100)] = 0.0
 
     knowledge: ClassVar[Knowledge] = Knowledge.AUXILIARY
     source: ClassVar[str] = "this testbed"
@@ -80,6 +84,9 @@ class _Regression(Attack):
         parts: dict[str, list[NDArray[np.float64]]] = {}
         for start in range(0, self.batches, _CHUNK):
             seen = adversary.simulate(batches[start : start + _CHUNK])
+            if self.noise and seen.statistics is not None:
+                noisy = adversary.disturbed(seen.statistics, self.noise, rng)
+                seen = replace(seen, statistics=noisy)
             for name, values in self._features(seen).items():
                 parts.setdefault(name, []).append(values)
         features = {name: np.concatenate(values) for name, values in parts.items()}

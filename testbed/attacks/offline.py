@@ -123,6 +123,15 @@ class ArrayAdversary:
         self._require(Knowledge.MODEL)
         return np.zeros(0, np.float32)
 
+    def disturbed(
+        self,
+        statistics: NDArray[np.float32],  # noqa: ARG002
+        sigma: float,  # noqa: ARG002
+        rng: np.random.Generator,  # noqa: ARG002
+    ) -> NDArray[np.float32]:
+        """Refuse: the model's buffers are not known."""
+        self._lacks_model(Knowledge.MODEL, "for its BatchNorm statistics")
+
     def normalised(self, statistics: NDArray[np.float32]) -> Normalised:  # noqa: ARG002
         """Refuse: samples with the normalisation of a client's batch take the model."""
         self._lacks_model(Knowledge.AUXILIARY, "to normalise samples as a client's batch was")

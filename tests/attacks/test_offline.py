@@ -110,6 +110,10 @@ CALLS: dict[str, tuple[Knowledge, Any]] = {
     "statistics_sent": (Knowledge.MODEL, lambda a: a.statistics_sent()),
     "logit_gradients": (Knowledge.AUXILIARY, lambda a: a.logit_gradients()),
     "normalised": (Knowledge.AUXILIARY, lambda a: a.normalised(np.zeros(3, np.float32))),
+    "disturbed": (
+        Knowledge.MODEL,
+        lambda a: a.disturbed(np.zeros((1, 3), np.float32), 0.1, np.random.default_rng(0)),
+    ),
     "planted": (Knowledge.MALICIOUS, lambda a: a.planted()),
     "white_box": (Knowledge.MODEL, lambda a: a.white_box()),
 }
