@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from testbed.attacks.adversary import GlobalModel, RestrictedAdversary
+from testbed.attacks.adversary import GlobalModel
 from testbed.attacks.assumptions import Facts, not_applicable
 from testbed.attacks.base import Attack, Observations, Observed
 from testbed.attacks.batch_size import estimate_labels
 from testbed.attacks.checks import check_calibration
 from testbed.attacks.inference import infer_in_chunks
+from testbed.attacks.restricted import RestrictedAdversary
 from testbed.failure import Position
 from testbed.plan import ScenarioPlan, Task
 from testbed.results.schema import PHASES

@@ -17,6 +17,7 @@ from testbed.knowledge import auxiliary_samples
 from testbed.models.build import build, initialise_uniform
 from testbed.models.flat import FlatModel, flat_state
 from testbed.models.last_layer import find_last_layer
+from testbed.models.norms import Norms
 from testbed.plan import ScenarioPlan
 from testbed.samples import Samples
 from testbed.seeds import Purpose, seed64, stream
@@ -129,6 +130,7 @@ class Setups:
                 "set data.test_fraction above 0, or evaluate_every to 0"
             )
         model, buffers = self._model(scenario, dataset, copy=copy)
+        _check_batches(scenario, model, dataset.shape)
 
         def initialise(state: torch.Tensor, key: tuple[int, ...]) -> None:
             seed = seed64(scenario.seed, Purpose.MODEL, *key)
@@ -172,6 +174,19 @@ class Setups:
             self._models[copy] = (key, model, model.buffers.cpu().clone())
         _, model, buffers = self._models[copy]
         return model, buffers
+
+
+def _check_batches(scenario: Scenario, model: FlatModel, shape: tuple[int, int, int]) -> None:
+    """Raise where BatchNorm would meet a single value, of which it knows no variance."""
+    sizes = {"federation.batch_size": scenario.federation.batch_size}
+    if scenario.pretraining.steps:
+        sizes["pretraining.batch_size"] = scenario.pretraining.batch_size
+    for key, size in sizes.items():
+        if size == 1 and Norms(model, shape).single_values:
+            raise UserError(
+                f"{key}: a BatchNorm layer of the model normalises one value per image, and a "
+                "batch of one has no variance: expected at least 2"
+            )
 
 
 def lowest_feature(plan: ScenarioPlan, setup: ScenarioSetup) -> float:

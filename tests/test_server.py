@@ -16,7 +16,8 @@ from small_run import RANKS, header_of, plan_of, setups_for
 from torch import nn
 
 from testbed.attacks import inference
-from testbed.attacks.adversary import GlobalModel, RestrictedAdversary
+from testbed.attacks.adversary import GlobalModel
+from testbed.attacks.restricted import RestrictedAdversary
 from testbed.client import ClientWorker
 from testbed.failure import Position
 from testbed.models.build import build

@@ -8,8 +8,9 @@ from small_run import plan_of, setups_for
 from torch import nn
 
 from testbed.attacks import Knowledge, make_attack
-from testbed.attacks.adversary import GlobalModel, RestrictedAdversary
+from testbed.attacks.adversary import GlobalModel
 from testbed.attacks.base import Observations
+from testbed.attacks.restricted import RestrictedAdversary
 from testbed.client import ClientWorker
 from testbed.norm_statistics import NoisyStatistics
 from testbed.plan import Task

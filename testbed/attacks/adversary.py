@@ -1,6 +1,6 @@
 """The server as an adversary: runs the global model on inputs of its own, for the calibrations."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from testbed.attacks.base import Head, Knowledge, Normalised, Observations, Outputs, Planted
+from testbed.attacks.base import Head, Normalised, Observations, Outputs, Planted
 from testbed.attacks.simulation import head_gradient, simulate_head
 from testbed.models.flat import FlatModel
+from testbed.models.norms import Norm, Norms
 from testbed.norm_statistics import NoisyStatistics
 from testbed.samples import Samples
 from testbed.seeds import Purpose, seed64, stream
@@ -19,8 +20,6 @@ _BATCH = 512
 # Measured on the paper's CNN: the gradient bridge is no better with more than five of each class,
 # and by no more than 0.02 with more than two.
 _SAMPLES_OF_JACOBIAN = (2, 5, 200)
-
-Norm = torch.nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class GlobalModel:
         Channels, height and width of an input.
     local_steps, learning_rate
         Of the clients' local training.
+    norms
+        What is known already of the module's BatchNorm layers.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class GlobalModel:
         *,
         local_steps: int = 1,
         learning_rate: float = 0.1,
+        norms: Norms | None = None,
     ) -> None:
         self._model = model
         self._auxiliary = auxiliary
@@ -73,8 +75,8 @@ class GlobalModel:
         self.layout = model.layout
         self.local_steps, self.learning_rate = local_steps, learning_rate
         self._norms = [module for module in model.module.modules() if isinstance(module, Norm)]
+        self._found = norms or Norms(model, shape)
         self._outputs: dict[object, Outputs] = {}
-        self._sorted: dict[object, Outputs] = {}
         self._state = torch.zeros(model.layout.size)
         self._key: tuple[int, ...] = ()
         self._seed = 0
@@ -89,7 +91,6 @@ class GlobalModel:
         self._state.copy_(torch.from_numpy(state))
         self._seed, self._key = seed, key
         self._outputs.clear()
-        self._sorted.clear()
 
     def after(self, update: NDArray[np.float32]) -> "GlobalModel":
         """Return the model that a client ended with; see `testbed.attacks.Adversary`."""
@@ -100,6 +101,7 @@ class GlobalModel:
             self.shape,
             local_steps=self.local_steps,
             learning_rate=self.learning_rate,
+            norms=self._found,
         )
         shared = torch.from_numpy(np.array(update, np.float32))
         later._state[:split] = self._state[:split] - self.learning_rate * shared[:split]
@@ -132,11 +134,8 @@ class GlobalModel:
 
     def on_dummy(self, kind: str, samples: int) -> Outputs:
         """Return the outputs on dummy inputs; see `testbed.attacks.Adversary`."""
-        if kind in ("zeros", "ones") and samples == 1 and self._norms:
-            # BatchNorm of a single value fails. Of inputs that are all alike, two do for one.
-            pair = self.on_dummy(kind, 2)
-            return Outputs(pair.posterior[:1], pair.features[:1], None)
-        return self._cached((kind, samples), lambda: [self._dummy(kind, samples)], None)
+        inputs = self._dummy(kind, samples)
+        return self._cached((kind, samples), lambda: self._on_dummy(kind, inputs), None)
 
     def on_auxiliary(self, batch_size: int | None = None) -> Outputs:
         """Return the outputs on the auxiliary samples.
@@ -145,25 +144,14 @@ class GlobalModel:
         one class each.
         """
         labels = self._auxiliary.labels
-        if batch_size is None or not self._norms:
-            return self._cached("auxiliary", self._auxiliary_batches, labels)
-        # The first sample of every class, the second of every class, and so on.
-        starts = np.searchsorted(labels, labels)
-        order = np.argsort(np.arange(len(labels)) - starts, kind="stable")
-        parts = np.array_split(order, max(1, len(order) // max(2, batch_size)))
-        inputs = self._auxiliary.inputs
-
-        def batches() -> Iterator[torch.Tensor]:
-            return (inputs[torch.from_numpy(part)] for part in parts)
-
-        key = ("mixed", batch_size)
-        mixed = self._cached(key, batches, labels[order])
-        if key not in self._sorted:
-            back = np.argsort(order)
-            self._sorted[key] = Outputs(mixed.posterior[back], mixed.features[back], labels)
-            for array in vars(self._sorted[key]).values():
-                array.flags.writeable = False
-        return self._sorted[key]
+        parts = self._pure_parts()
+        if batch_size is not None and self._norms:
+            # The first sample of every class, the second of every class, and so on.
+            starts = np.searchsorted(labels, labels)
+            order = np.argsort(np.arange(len(labels)) - starts, kind="stable")
+            parts = np.array_split(order, max(1, len(order) // max(2, batch_size)))
+        key = ("mixed", batch_size) if self._norms else "auxiliary"
+        return self._cached(key, lambda: self._on_parts(parts), labels)
 
     def simulate(self, batches: NDArray[np.int64]) -> Observations:
         """Observe simulated clients; see `testbed.attacks.Adversary`."""
@@ -177,8 +165,8 @@ class GlobalModel:
             self._load(train_norms=True)
             w, b = head.weight.copy(), head.bias.copy()
             for chosen in local:
-                inputs = self._auxiliary.inputs[torch.from_numpy(chosen)]
-                _, h = self._model.outputs([inputs])
+                _, h = self._model.outputs([self._images(chosen)])
+                h = h[: len(chosen)]
                 logits = h @ w.T + b
                 posterior = torch.softmax(torch.from_numpy(logits), dim=1).numpy()
                 labels = self._auxiliary.labels[chosen]
@@ -199,8 +187,7 @@ class GlobalModel:
         gradient = torch.empty(split, device=model.state.device)
         total = torch.zeros_like(gradient)
         for step, chosen in enumerate(batches):
-            index = torch.from_numpy(chosen)
-            logits = model.module(self._auxiliary.inputs[index])
+            logits = model.module(self._images(chosen))[: len(chosen)]
             targets = torch.from_numpy(self._auxiliary.labels[chosen]).to(logits.device)
             model.gradient(torch.nn.functional.cross_entropy(logits, targets), gradient)
             total += gradient
@@ -260,7 +247,7 @@ class GlobalModel:
         batch = np.zeros_like(sent)
         moments = np.zeros((len(self._auxiliary.labels), len(sent)))
         self._load(train_norms=True)
-        tracks = [track for track in self._tracks if known[track.mean].all()]
+        tracks = [track for track in self._found.tracks if known[track.mean].all()]
         for track in tracks:
             count = batch_size * track.positions
             # Modules normalise by the biased variance, and average the unbiased one. Noise on what
@@ -280,43 +267,17 @@ class GlobalModel:
             parts = [values.mean(dim=2), values.square().mean(dim=2)]
             seen[norm].append(torch.cat(parts, dim=1).cpu().numpy())
 
+        parts = self._pure_parts()
         hooks = [track.norm.register_forward_pre_hook(note) for track in tracks]
         try:
-            posterior, features = self._model.outputs(self._auxiliary_batches())
+            posterior, features = self._on_parts(parts)
         finally:
             for hook in hooks:
                 hook.remove()
         for track in tracks:
-            both = np.concatenate(seen[track.norm])
+            both = np.concatenate(seen[track.norm])[self._rows(parts)]
             moments[:, track.mean], moments[:, track.variance] = np.hsplit(both, 2)
         return Normalised(Outputs(posterior, features, self._auxiliary.labels), moments, batch)
-
-    @cached_property
-    def _tracks(self) -> list["_Track"]:
-        """The norms that run once in a forward pass and keep running statistics."""
-        positions: dict[torch.nn.Module, list[int]] = {norm: [] for norm in self._norms}
-
-        def note(norm: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            positions[norm].append(inputs[0][0, 0].numel())
-
-        self._load()
-        hooks = [norm.register_forward_pre_hook(note) for norm in self._norms]
-        try:
-            self._model.outputs([torch.zeros((1, *self.shape), device=self._model.state.device)])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        places, start = {}, 0
-        for name, buffer in self._model.module.named_buffers():
-            if buffer.is_floating_point():
-                places[name] = slice(start, start + buffer.numel())
-                start += buffer.numel()
-        return [
-            _Track(norm, places[f"{name}.running_mean"], places[f"{name}.running_var"], once[0])
-            for name, norm in self._model.module.named_modules()
-            if norm in positions and len(once := positions[norm]) == 1
-            if f"{name}.running_var" in places
-        ]
 
     def logit_gradients(self) -> NDArray[np.float32]:
         """Return the mean gradient of each logit, [C, P]; see `testbed.attacks.Adversary`."""
@@ -328,8 +289,8 @@ class GlobalModel:
         each = max(least, min(most, total // self.classes))
         chosen = np.concatenate([np.flatnonzero(labels == c)[:each] for c in np.unique(labels)])
         count = len(chosen)
-        for inputs in self._auxiliary_batches(chosen):
-            logits = self._model.module(inputs).sum(dim=0)
+        for part in self._pure_parts(chosen):
+            logits = self._model.module(self._images(part))[: len(part)].sum(dim=0)
             for c in range(self.classes):
                 self._model.gradient(logits[c], gradient, retain_graph=True)
                 mean[c] += gradient.cpu().numpy() / count
@@ -342,7 +303,7 @@ class GlobalModel:
     def white_box(self) -> "WhiteBoxModel":
         """Return the model itself, loaded; see `testbed.attacks.Adversary`."""
         self._load(train_norms=True)
-        return WhiteBoxModel(self._model, self.shape)
+        return WhiteBoxModel(self._model, self.shape, pairs=self._found.single_values)
 
     def _load(self, *, train_norms: bool = False) -> None:
         self._model.load(self._state)
@@ -354,19 +315,28 @@ class GlobalModel:
     def _cached(
         self,
         key: object,
-        batches: Callable[[], Iterable[torch.Tensor]],
+        run: Callable[[], tuple[NDArray[np.float64], NDArray[np.float64]]],
         labels: NDArray[np.int64] | None,
     ) -> Outputs:
         if key not in self._outputs:
             self._load(train_norms=True)
-            posterior, features = self._model.outputs(batches())
-            outputs = Outputs(posterior, features, labels)
+            outputs = Outputs(*run(), labels)
             # They are handed to several attacks.
             for array in vars(outputs).values():
                 if array is not None:
                     array.flags.writeable = False
             self._outputs[key] = outputs
         return self._outputs[key]
+
+    def _on_dummy(
+        self, kind: str, inputs: torch.Tensor
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        count = len(inputs)
+        if count == 1 and self._norms and (kind in ("zeros", "ones") or self._found.single_values):
+            # Of inputs that are all alike, two do for one, and BatchNorm takes them.
+            inputs = inputs.repeat(2, 1, 1, 1)
+        posterior, features = self._model.outputs([inputs])
+        return posterior[:count], features[:count]
 
     def _dummy(self, kind: str, samples: int) -> torch.Tensor:
         shape, device = (samples, *self.shape), self._model.state.device
@@ -381,48 +351,68 @@ class GlobalModel:
             return torch.from_numpy(rng.standard_normal(shape, np.float32)).to(device)
         raise ValueError(f"there are no dummy inputs {kind!r}")
 
-    def _auxiliary_batches(self, chosen: NDArray[np.int64] | None = None) -> Iterator[torch.Tensor]:
-        inputs, labels = self._auxiliary.inputs, self._auxiliary.labels
+    def _pure_parts(self, chosen: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
+        """Return the auxiliary samples, or some, in batches of one class; all alike without norms.
+
+        Ascending positions, each once.
+        """
         if chosen is None:
-            chosen = np.arange(len(labels))
+            chosen = np.arange(len(self._auxiliary.labels))
         starts = np.arange(_BATCH, len(chosen), _BATCH)
         if self._norms:
             # Sorted by class: a batch for each.
-            starts = np.flatnonzero(np.diff(labels[chosen])) + 1
-        for part in np.split(chosen, starts):
-            yield inputs[torch.from_numpy(part)]
+            starts = np.flatnonzero(np.diff(self._auxiliary.labels[chosen])) + 1
+        return np.split(chosen, starts)
 
+    def _on_parts(
+        self, parts: list[NDArray[np.int64]]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the outputs on auxiliary samples, each once, by ascending positions."""
+        posterior, features = self._model.outputs(self._images(part) for part in parts)
+        rows = self._rows(parts)
+        return posterior[rows], features[rows]
 
-@dataclass(frozen=True)
-class _Track:
-    """Where a norm's running statistics lie in the buffers; its values per channel of an image."""
+    def _rows(self, parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+        """Return where each sample, by ascending positions, lies in the batches one by one."""
+        order = np.concatenate([self._enough(part) for part in parts])
+        return np.unique(order, return_index=True)[1]
 
-    norm: Norm
-    mean: slice
-    variance: slice
-    positions: int
+    def _images(self, part: NDArray[np.int64]) -> torch.Tensor:
+        """Return auxiliary samples; a single one twice where BatchNorm refuses it."""
+        return self._auxiliary.inputs[torch.from_numpy(self._enough(part))]
+
+    def _enough(self, part: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.repeat(part, 2) if len(part) == 1 and self._found.single_values else part
 
 
 class WhiteBoxModel:
-    """See `testbed.attacks.base.WhiteBox`."""
+    """See `testbed.attacks.base.WhiteBox`.
 
-    def __init__(self, model: FlatModel, shape: tuple[int, int, int]) -> None:
+    Parameters
+    ----------
+    model, shape
+        As of `GlobalModel`.
+    pairs
+        Whether a single input runs as two of its kind, which BatchNorm takes.
+    """
+
+    def __init__(self, model: FlatModel, shape: tuple[int, int, int], *, pairs: bool) -> None:
         self._model = model
+        self._pairs = pairs
         self.shape = shape
         self.parameters = model.layout.parameters
-        self._trained = list(model.module.parameters())
 
     def logits(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the logits [n, C]."""
+        count = len(inputs)
+        if count == 1 and self._pairs:
+            inputs = inputs.repeat(2, 1, 1, 1)
         logits: torch.Tensor = self._model.module(inputs.to(self._model.state.device))
-        return logits
+        return logits[:count]
 
     def gradient(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the gradient [P] with its graph."""
-        parts = torch.autograd.grad(
-            loss, self._trained, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return torch.cat([part.reshape(-1) for part in parts])
+        return self._model.gradient_with_graph(loss)
 
 
 class _Collector:
@@ -447,102 +437,3 @@ class _Collector:
             local_steps=steps,
             statistics=statistics,
         )
-
-
-class RestrictedAdversary:
-    """A global model behind what an attack declared to know; see `testbed.attacks.Adversary`.
-
-    Parameters
-    ----------
-    model
-        Of the round.
-    knowledge
-        What the attack declares.
-    batch_size, seed
-        See `testbed.attacks.Adversary`.
-    """
-
-    def __init__(
-        self, model: GlobalModel, knowledge: Knowledge, batch_size: int, seed: int
-    ) -> None:
-        self._model = model
-        self._knowledge = knowledge
-        self.batch_size = batch_size
-        self.seed = seed
-        self.local_steps, self.learning_rate = model.local_steps, model.learning_rate
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return self._model.classes
-
-    def head(self) -> Head:
-        """Return the last layer."""
-        return self._with(Knowledge.MODEL).head()
-
-    def on_dummy(self, kind: str, samples: int) -> Outputs:
-        """Return the model's outputs on dummy inputs."""
-        return self._with(Knowledge.MODEL).on_dummy(kind, samples)
-
-    def on_auxiliary(self, *, pure: bool = False) -> Outputs:
-        """Return the model's outputs on the auxiliary samples."""
-        return self._with(Knowledge.AUXILIARY).on_auxiliary(None if pure else self.batch_size)
-
-    def after(self, update: NDArray[np.float32]) -> "RestrictedAdversary":
-        """Return the adversary at the model that a client ended with."""
-        later = self._with(Knowledge.MODEL).after(update)
-        return RestrictedAdversary(later, self._knowledge, self.batch_size, self.seed)
-
-    def simulate(self, batches: NDArray[np.int64]) -> Observations:
-        """Observe simulated clients."""
-        return self._with(Knowledge.AUXILIARY).simulate(batches)
-
-    def local_update(self, batches: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Train as a client does, on auxiliary samples."""
-        return self._with(Knowledge.AUXILIARY).local_update(batches)
-
-    def weight_gradient(self, update: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the last layer's weight gradient in a whole update."""
-        return self._model.weight_gradient(update)
-
-    def bias_gradient(self, update: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        """Return the last layer's bias gradient in a whole update."""
-        return self._model.bias_gradient(update)
-
-    def statistics_sent(self) -> NDArray[np.float32]:
-        """Return the buffers that went out with the model."""
-        return self._with(Knowledge.MODEL).statistics_sent()
-
-    def momentum(self) -> NDArray[np.float32]:
-        """Return the weight of a new batch in each buffer's running average."""
-        return self._with(Knowledge.MODEL).momentum()
-
-    def disturbed(
-        self, statistics: NDArray[np.float32], sigma: float, rng: np.random.Generator
-    ) -> NDArray[np.float32]:
-        """Return statistics as noisy as clients share them."""
-        return self._with(Knowledge.MODEL).disturbed(statistics, sigma, rng)
-
-    def normalised(self, statistics: NDArray[np.float32]) -> Normalised:
-        """Run the auxiliary samples, normalised as a client's batch was."""
-        return self._with(Knowledge.AUXILIARY).normalised(statistics, self.batch_size)
-
-    def logit_gradients(self) -> NDArray[np.float32]:
-        """Return the mean gradient of each logit over the auxiliary samples."""
-        return self._with(Knowledge.AUXILIARY).logit_gradients()
-
-    def planted(self) -> Planted:
-        """Return what was planted in the clients' models."""
-        return self._with(Knowledge.MALICIOUS).planted()
-
-    def white_box(self) -> WhiteBoxModel:
-        """Return the model itself."""
-        return self._with(Knowledge.MODEL).white_box()
-
-    def _with(self, needed: Knowledge) -> GlobalModel:
-        if not self._knowledge.includes(needed):
-            raise PermissionError(
-                f"the attack declares knowledge of {self._knowledge.value!r} and asks for "
-                f"{needed.value!r}: declare what it uses"
-            )
-        return self._model

@@ -107,4 +107,5 @@ _CHECKS: Mapping[Assumption, Callable[[Facts], str]] = {
     ),
     Assumption.SEVERAL_STEPS: lambda facts: "" if facts.local_steps > 1 else "one local step",
     Assumption.KNOWN_SIZE: lambda facts: "" if facts.known_size else "the server guesses it",
+    Assumption.FIVE_CLASSES: lambda facts: "" if facts.classes >= 5 else f"{facts.classes} classes",
 }

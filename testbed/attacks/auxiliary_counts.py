@@ -32,6 +32,7 @@ from testbed.attacks.estimation import (
     given,
     last_models,
     mean_bias_gradient,
+    non_negative_solution,
     step_fractions,
 )
 from testbed.attacks.registry import register
@@ -157,7 +158,7 @@ class AuxLS(_Counts):
         shares = np.empty((rows, classes))
         for row, posterior in enumerate(posteriors):
             system = np.concatenate([posterior.T - np.eye(classes), sums])
-            shares[row] = _non_negative_solution(system, np.append(bias[row], 1.0))
+            shares[row] = non_negative_solution(system, np.append(bias[row], 1.0))
         return shares
 
 
@@ -245,13 +246,3 @@ class ScaleFree(_Counts):
         ratio = xp.where(positive, ratio, xp.full_like(bias, xp.inf))
         scale = xp.min(ratio, axis=1, keepdims=True)
         return posterior - xp.where(xp.isfinite(scale), scale, xp.zeros_like(scale)) * bias
-
-
-def _non_negative_solution(system: Floats, side: Floats) -> Floats:
-    from scipy.optimize import nnls
-
-    try:
-        solution, _ = nnls(system, side, maxiter=30 * system.shape[1])
-    except RuntimeError:  # it did not settle
-        solution = np.linalg.lstsq(system, side)[0]
-    return np.asarray(solution, np.float64)

@@ -62,6 +62,7 @@ class Assumption(Enum):
     ONE_STEP = "one local step"
     SEVERAL_STEPS = "several local steps"
     KNOWN_SIZE = "number of labels known"
+    FIVE_CLASSES = "at least five classes"
 
 
 class Answer(Enum):

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
+from array_api_compat import array_namespace
 from numpy.typing import NDArray
 from pydantic import Field
 from typing_extensions import override
@@ -108,9 +109,12 @@ class _Regression(Attack):
     @override
     def infer(self, observations: Observations, calibration: Calibration) -> LabelCounts:
         features = self._features(observations)
+        xp = array_namespace(observations.row_sums)
         shares: Array = given(calibration["intercept"], observations.row_sums)
         for name, values in features.items():
-            shares = shares + values @ given(calibration[name], values)[0]
+            # One calibration for all updates, or one for each.
+            coefficients = given(calibration[name], values)
+            shares = shares + xp.matmul(values[:, None, :], coefficients)[:, 0, :]
         scores = project_shares(shares) * column(observations.labels, shares)
         return LabelCounts(largest_remainder(scores, observations.labels), scores)
 

@@ -34,7 +34,7 @@ from testbed.attacks.base import (
     Observations,
     Observed,
 )
-from testbed.attacks.estimation import required
+from testbed.attacks.estimation import non_negative_solution, required
 from testbed.attacks.registry import register
 from testbed.attacks.regression_statistics import labels_of, project_shares
 from testbed.attacks.rounding import largest_remainder
@@ -47,6 +47,8 @@ _UNEVENNESS = 8
 _EXACT = 1e3
 # Directions in which classes differ less than this, of the largest, carry no information.
 _FLAT = 1e-9
+# A channel scatters within classes by at least this part of how it varies between them.
+_EXACTNESS = 1e-3
 # The least share of correlations that is taken for chance.
 _LEAST = 1e-4
 
@@ -90,12 +92,10 @@ class _Conditioned(Attack):
             np.asarray(calibration["precision"], np.float64),
             np.asarray(calibration["projection"], np.float64),
             np.asarray(observations.labels),
+            np.broadcast_to(calibration["per_class"], len(observations.keys)),
             strict=True,
         )
-        per_class = float(calibration["per_class"][0])
-        shares = np.stack(
-            [label_shares(gram, toward, int(labels), per_class) for gram, toward, labels in rows]
-        )
+        shares = np.stack([label_shares(*evidence) for evidence in rows])
         scores = shares * np.asarray(observations.labels)[:, None]
         return LabelCounts(largest_remainder(scores, observations.labels), scores)
 
@@ -171,14 +171,20 @@ def class_evidence(
     member = np.eye(classes)[labels]
     means = member.T @ samples / np.maximum(size, 1)[:, None]
     inside = samples - means[labels]
-    scale = np.sqrt((inside**2).sum(axis=0) / max(len(labels) - present.sum(), 1))
-    # What does not vary within classes is rounding noise, or buffers that are no statistics.
+    freedom = int(len(labels) - present.sum())
+    between = means[present].std(axis=0)
+    # Of one sample per class, what scatters within classes is unknown: as much as between them.
+    # No channel is trusted without bound, though it may hardly vary within classes.
+    least = between if freedom == 0 else _EXACTNESS * between
+    scale = np.maximum(np.sqrt((inside**2).sum(axis=0) / max(freedom, 1)), least)
+    # What does not vary at all is rounding noise, or buffers that are no statistics.
     kept = scale > np.finfo(np.float32).eps * np.abs(samples).max(axis=0)
     if not kept.any():
         return np.zeros((classes, classes)), np.zeros(classes)
     inside, scale = inside[:, kept] / scale[kept], scale[kept]
-    freedom = max(len(labels) - present.sum(), 1)
+    freedom = max(freedom, 1)
     correlation = inside.T @ inside / freedom
+    np.fill_diagonal(correlation, 1.0)
     shrinkage = _oracle_shrinkage(correlation, freedom)
     correlation = (1 - shrinkage) * correlation + shrinkage * np.eye(len(scale))
     center = means[present][:, kept].mean(axis=0)
@@ -234,8 +240,6 @@ def label_shares(precision: Floats, projection: Floats, labels: int, per_class: 
 
 def _solver(precision: Floats, projection: Floats) -> Callable[[float, float], Floats]:
     """Return what finds the most likely shares, for the noise k and the prior's variance."""
-    from scipy.optimize import nnls
-
     classes = len(projection)
 
     def solve(noise: float, variance: float) -> Floats:
@@ -244,7 +248,6 @@ def _solver(precision: Floats, projection: Floats) -> Callable[[float, float], F
         target += np.linalg.solve(factor, projection / noise)
         heavy = _EXACT * np.abs(factor).max()
         system = np.vstack([factor.T, np.full((1, classes), heavy)])
-        found: Floats = nnls(system, np.append(target, heavy), maxiter=100 * classes)[0]
-        return found
+        return non_negative_solution(system, np.append(target, heavy))
 
     return solve

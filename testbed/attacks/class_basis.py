@@ -20,6 +20,7 @@ from testbed.attacks.base import (
     Observed,
     Outputs,
 )
+from testbed.attacks.estimation import leading_directions, non_negative_solution
 from testbed.attacks.registry import register
 from testbed.attacks.rounding import largest_remainder
 
@@ -43,12 +44,12 @@ class ClassBasis(Attack):
 
     A whole basis would be C x C x D numbers a round. The weight gradients are stored on the
     leading principal directions of the feature axis instead, on which the basis varies most;
-    measured on MNIST, 16 directions do as well as all 588 (the paper's bias-only fit needs none).
+    measured on MNIST, 16 directions do as well as all 588.
 
     Attributes
     ----------
     use
-        What is fitted: the bias alone, as Ramakrishna and Dan do, or bias and weights.
+        What is fitted: the bias alone, or bias and weights, which Ramakrishna and Dan found best.
     directions
         How many directions of the feature axis are kept.
     overall
@@ -92,7 +93,7 @@ class ClassBasis(Attack):
             weight, bias, mixed_weight, mixed_bias = _trained(adversary, outputs, self.overall)
         projection = None
         if self.use == "weights":
-            projection = _directions(weight, self.directions)
+            projection = leading_directions(weight.reshape(-1, weight.shape[2]), self.directions)
         calibration = {"basis": _project(weight, bias, projection)[None]}
         if self.overall:
             mixed = _project(mixed_weight[None], mixed_bias[None], projection)
@@ -145,8 +146,6 @@ def mixture(columns: Floats, updates: Floats) -> Floats:
     Floats
         [N, K].
     """
-    from scipy.optimize import nnls
-
     weights = np.zeros((len(updates), len(columns)))
     usable = np.flatnonzero(columns.any(axis=1))
     if not len(usable):
@@ -161,7 +160,7 @@ def mixture(columns: Floats, updates: Floats) -> Floats:
         targets = _finite(updates / peak / scale) @ q
     system = np.vstack([r, np.full(len(usable), _SUM_WEIGHT)])
     for row, target in enumerate(targets):
-        weights[row, usable] = nnls(system, np.append(target, _SUM_WEIGHT))[0]
+        weights[row, usable] = non_negative_solution(system, np.append(target, _SUM_WEIGHT))
     return weights
 
 
@@ -214,21 +213,6 @@ def _members(outputs: Outputs) -> list[tuple[int, NDArray[np.int64]]]:
     if outputs.labels is None:
         raise ValueError("a class basis needs the labels of the samples")
     return [(int(c), np.flatnonzero(outputs.labels == c)) for c in np.unique(outputs.labels)]
-
-
-def _directions(weight: Floats, kept: int) -> Floats:
-    """Return the leading right singular vectors [D, kept] of all rows of the basis.
-
-    Zeros behind the D-th, where there are fewer features than directions.
-    """
-    rows = _finite(weight.reshape(-1, weight.shape[2]))
-    peak = np.abs(rows).max()
-    rows = rows / (peak if peak > 0 else 1.0)
-    _, vectors = np.linalg.eigh(rows.T @ rows)
-    projection = np.zeros((weight.shape[2], kept))
-    leading = vectors[:, ::-1][:, :kept]
-    projection[:, : leading.shape[1]] = leading
-    return projection
 
 
 def _finite(array: Array | None) -> Floats:

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from testbed.attacks.base import Adversary, Array, Observations
 
+# Up to here D x D numbers are decomposed in less than half a second.
+_NARROW = 1024
+
 
 def float64(array: Array) -> Array:
     """Return an array in double precision."""
@@ -53,6 +56,48 @@ def mean_bias_gradient(observations: Observations) -> Array:
     """Return the bias gradient averaged over the local steps, float64 [N, C]."""
     bias = float64(required(observations.bias_gradient, "bias gradient"))
     return bias / observations.local_steps
+
+
+def leading_directions(rows: NDArray[np.float64], kept: int) -> NDArray[np.float64]:
+    """Return the leading right singular vectors of a matrix, float64 [D, kept].
+
+    Zeros behind the last one there is.
+
+    Parameters
+    ----------
+    rows
+        float64 [n, D]; what is not finite counts as 0.
+    kept
+        How many.
+    """
+    rows = np.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0)
+    peak = np.abs(rows).max()
+    rows = rows / (peak if peak > 0 else 1.0)
+    if rows.shape[1] <= max(len(rows), _NARROW):
+        _, ascending = np.linalg.eigh(rows.T @ rows)
+        vectors = ascending[:, ::-1]
+    else:
+        vectors = np.linalg.svd(rows, full_matrices=False)[2].T
+    directions = np.zeros((rows.shape[1], kept))
+    leading = vectors[:, :kept]
+    directions[:, : leading.shape[1]] = leading
+    return directions
+
+
+def non_negative_solution(
+    system: NDArray[np.float64], side: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the x >= 0 that minimises ``|system x - side|``, float64 [columns].
+
+    The plain least-squares solution, cut at 0, where the solver does not settle.
+    """
+    from scipy.optimize import nnls
+
+    try:
+        solution, _ = nnls(system, side, maxiter=30 * system.shape[1])
+    except RuntimeError:
+        solution = np.clip(np.linalg.lstsq(system, side)[0], 0.0, None)
+    return np.asarray(solution, np.float64)
 
 
 def step_fractions(local_steps: int) -> NDArray[np.float64]:

@@ -44,7 +44,8 @@ class GradientBridge(Attack):
     not looked at. For several local steps, A is that of the model before them.
 
     Measured on MNIST (CNN, FCNN): all layers do as well as the nearest one, and better than
-    biases alone; equal weight for every tensor is worse.
+    biases alone; equal weight for every tensor is worse. With BatchNorm a sample's gradient depends
+    on its batch and the chain rule holds for no single Jacobian: success is lower.
 
     Attributes
     ----------

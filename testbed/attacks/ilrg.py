@@ -39,7 +39,8 @@ class ILRG(Attack):
         ``corrected`` rounds the least-squares solution by the shared rule. ``released`` rounds as
         the published code does: each entry to the nearest integer, and to 0 where it is negative
         or more than N; where these do not sum to N, the shared rule scales them to it. It also
-        divides as that code does, which differs where the bias gradient is zero.
+        divides as that code does, which differs where the bias gradient is zero, or so small that
+        the quotient's exponent is cut.
     estimate
         Take ``P_c = 1/C``, the posterior of an untrained model, in place of the class-wise one.
     """

@@ -12,6 +12,7 @@ from typing_extensions import override
 from testbed.attacks.base import (
     Adversary,
     Array,
+    Assumption,
     Attack,
     Calibration,
     CalibrationArrays,
@@ -21,13 +22,14 @@ from testbed.attacks.base import (
     Observed,
     Outputs,
 )
+from testbed.attacks.estimation import leading_directions
 from testbed.attacks.registry import register
 from testbed.attacks.simulation import softmax
 
 Floats = NDArray[np.float64]
 
-# Shadow updates that are held at once.
-_CHUNK = 50
+# Shadow updates that are held at once, and how many numbers they have at most.
+_CHUNK, _NUMBERS = 50, 1 << 24
 _BATCH = 32
 _RATE, _DECAYS, _TINY = 1e-3, (0.9, 0.999), 1e-8
 
@@ -70,6 +72,8 @@ class LDIA(Attack):
     knowledge: ClassVar[Knowledge] = Knowledge.AUXILIARY
     source: ClassVar[str] = "Gu and Bai, J. Inf. Secur. Appl. 2023; one round"
     observes: ClassVar = frozenset({Observed.BIAS_GRADIENT, Observed.WEIGHT_GRADIENT})
+    # Its answer has no size, but the clients that it learns from have.
+    assumes: ClassVar = frozenset({Assumption.KNOWN_SIZE})
     answers: ClassVar = LabelDistribution.answer
 
     @override
@@ -87,7 +91,7 @@ class LDIA(Attack):
     def calibrate(self, adversary: Adversary) -> Calibration:
         rng = np.random.Generator(np.random.PCG64(adversary.seed))
         outputs = adversary.on_auxiliary()
-        projection = _directions(outputs.features, self.features)
+        projection = leading_directions(outputs.features, self.features)
         inputs, shares = self._shadows(adversary, outputs, projection, rng)
         mean, scale = inputs.mean(axis=0), inputs.std(axis=0)
         scale[scale == 0] = 1.0
@@ -142,8 +146,10 @@ class LDIA(Attack):
         members = {int(c): np.flatnonzero(labels == c) for c in present}
         size = adversary.local_steps * adversary.batch_size
         inputs, shares = [], []
-        for start in range(0, self.shadows, _CHUNK):
-            count = min(_CHUNK, self.shadows - start)
+        rows = max(size, classes) * outputs.features.shape[1]
+        chunk = max(1, min(_CHUNK, _NUMBERS // rows))
+        for start in range(0, self.shadows, chunk):
+            count = min(chunk, self.shadows - start)
             drawn = np.empty((count, size), np.int64)
             for row in drawn:
                 width = int(rng.integers(1, len(present) + 1))
@@ -173,18 +179,6 @@ def _finite(array: Array) -> Array:
     xp = array_namespace(array)
     double = xp.astype(array, xp.float64)
     return xp.where(xp.isfinite(double), double, xp.zeros_like(double))
-
-
-def _directions(features: Floats, kept: int) -> Floats:
-    """Return the leading right singular vectors [D, kept]; zeros behind the D-th."""
-    features = _finite(features)
-    peak = np.abs(features).max()
-    features = features / (peak if peak > 0 else 1.0)
-    _, vectors = np.linalg.eigh(features.T @ features)
-    projection = np.zeros((features.shape[1], kept))
-    leading = vectors[:, ::-1][:, :kept]
-    projection[:, : leading.shape[1]] = leading
-    return projection
 
 
 def _train(

@@ -20,6 +20,7 @@ from testbed.attacks.base import (
     Observations,
     Observed,
 )
+from testbed.attacks.estimation import last_models
 from testbed.attacks.ilrg import finite, like, softmax
 from testbed.attacks.registry import register
 from testbed.attacks.rounding import largest_remainder
@@ -28,8 +29,9 @@ Floats = NDArray[np.floating[Any]]
 
 _PAPER = "Chen and Vikalo, ICML 2024 (OpenReview E41gvBG4s6)"
 
-# The published code stops adjusting after so many exchanges, or where no logit is further off.
-_EXCHANGES, _CLOSE = 5, 0.1
+# The published code simulates so often, each but the last time after an exchange, or until no logit
+# is further off.
+_SIMULATIONS, _CLOSE = 5, 0.1
 
 # The published code takes its learning-rate decay, 0.1 by default, for the momentum.
 _RELEASED_MOMENTUM = 0.1
@@ -72,7 +74,7 @@ class RLUPath(Attack):
     The first estimate is RLU's with the model that the client ended with. From it, the logits mu
     are moved step by step, ``-rate (softmax(mu) - lambda/N) |O|^2`` with the mean feature ``O =
     mean_c Wg[c] / b_c``; where they end off the end model's, E labels at once go over from the
-    class that ends the most too high to the one that ends the most too low, up to five times. The
+    class that ends the most too high to the one that ends the most too low, up to four times. The
     last estimate is made with the mean posterior over the simulated steps.
 
     Attributes
@@ -115,9 +117,8 @@ class RLUPath(Attack):
 
     @override
     def calibrate_updates(self, adversary: Adversary, observations: Observations) -> Calibration:
-        # Of their own, as what is observed is read-only, and torch warns of that.
-        updates = np.array(observations.update)
-        return {"mu_after": np.stack([wrong_logits(adversary.after(each)) for each in updates])}
+        ends = last_models(adversary, observations)
+        return {"mu_after": np.stack([wrong_logits(end) for end in ends])}
 
     @override
     def infer(self, observations: Observations, calibration: Calibration) -> LabelCounts:
@@ -132,7 +133,7 @@ class RLUPath(Attack):
         weights = self._weights(steps)
         counts = self._rounded(_estimate(weights.mean() * softmax(end), bias, labels), labels)
         path, last = self._simulate(start, counts, labels, moved, steps)
-        for _ in range(_EXCHANGES):
+        for _ in range(_SIMULATIONS - 1):
             changed = _exchange(counts, self._error(last, end, steps), steps)
             if changed is None:
                 break

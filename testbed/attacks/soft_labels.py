@@ -94,7 +94,8 @@ class SoftLabelsNoBias(_RankOne):
     Without a bias gradient, ``h = Wg[c] / t`` with an unknown residual t of class c, here the c of
     the largest gradient; the other residuals are ``t a`` with the known ratios ``a = Wg Wg[c] /
     |Wg[c]|^2``. The label vector ``y(t) = softmax(W h + b) - t a`` of the right t has a form that
-    no other has.
+    no other has, if there are classes enough: at least five are assumed. Of two entries that are
+    free to differ, or of three with ``mixup``, nothing tells the right ones.
 
     Attributes
     ----------
@@ -106,6 +107,7 @@ class SoftLabelsNoBias(_RankOne):
 
     prior: Literal["smoothing", "mixup"] = "smoothing"
 
+    assumes: ClassVar = frozenset({Assumption.ONE_LABEL, Assumption.FIVE_CLASSES})
     name: ClassVar[str] = "soft_labels_no_bias"
     title: ClassVar[str] = "soft labels (no bias)"
     observes: ClassVar = frozenset({Observed.WEIGHT_GRADIENT})

@@ -111,21 +111,33 @@ class FlatModel:
         retain_graph
             Whether another gradient through the same graph will be asked for.
         """
+        torch.cat(self._parts(loss, retain_graph=retain_graph), out=out)
+
+    def gradient_with_graph(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of a loss as `gradient` does, float32 [parameters], differentiable.
+
+        For attacks that match gradients: a derivative of the gradient may be taken.
+        """
+        return torch.cat(self._parts(loss, create_graph=True))
+
+    def _parts(
+        self, loss: torch.Tensor, *, retain_graph: bool = False, create_graph: bool = False
+    ) -> list[torch.Tensor]:
         computed = iter(
             torch.autograd.grad(
                 loss,
                 self._trained,
-                retain_graph=retain_graph,
+                retain_graph=retain_graph or create_graph,
+                create_graph=create_graph,
                 allow_unused=True,
                 materialize_grads=True,
             )
         )
         total = len(self._trained) + len(self._zeros)
-        parts = [
+        return [
             self._zeros[place] if place in self._zeros else next(computed).reshape(-1)
             for place in range(total)
         ]
-        torch.cat(parts, out=out)
 
     @torch.no_grad()
     def outputs(

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from testbed.attacks import Observations, Outputs, attacks, make_attack
-from testbed.attacks.adversary import AuxiliarySamples, GlobalModel, RestrictedAdversary
+from testbed.attacks.adversary import AuxiliarySamples, GlobalModel
+from testbed.attacks.restricted import RestrictedAdversary
 from testbed.models.flat import FlatModel
 from testbed.models.last_layer import find_last_layer
 

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from testbed.attacks import Attack, Calibration, Inferred, Observations
-from testbed.attacks.adversary import AuxiliarySamples, GlobalModel, RestrictedAdversary
+from testbed.attacks.adversary import AuxiliarySamples, GlobalModel
 from testbed.attacks.checks import check_answer, check_calibration, check_declaration
+from testbed.attacks.restricted import RestrictedAdversary
 from testbed.data import load
 from testbed.models.flat import FlatModel
 from testbed.models.last_layer import find_last_layer

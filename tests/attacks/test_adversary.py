@@ -11,7 +11,8 @@ from small_run import plan_of, setups_for
 from torch import nn
 
 from testbed.attacks import Knowledge, make_attack
-from testbed.attacks.adversary import AuxiliarySamples, GlobalModel, RestrictedAdversary
+from testbed.attacks.adversary import AuxiliarySamples, GlobalModel
+from testbed.attacks.restricted import RestrictedAdversary
 from testbed.data import load
 from testbed.models.build import initialise_uniform
 from testbed.models.flat import FlatModel

@@ -72,7 +72,13 @@ def test_features_that_nobody_has_seen_break_nothing():
 
 def test_all_broken_assumptions_are_named_in_order():
     facts = replace(
-        FACTS, batch_size=64, features=4, lowest_feature=-1.0, local_steps=2, known_size=False
+        FACTS,
+        classes=4,
+        batch_size=64,
+        features=3,
+        lowest_feature=-1.0,
+        local_steps=2,
+        known_size=False,
     )
     found = list(broken_assumptions(Assumes(), facts))
     assert found == sorted(found)

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from testbed.attacks import Knowledge, attacks, make_attack
-from testbed.attacks.adversary import AuxiliarySamples, GlobalModel, RestrictedAdversary
+from testbed.attacks.adversary import AuxiliarySamples, GlobalModel
 from testbed.attacks.assumptions import Facts, not_applicable
 from testbed.attacks.base import Attack, Calibration, Observations
 from testbed.attacks.batchnorm import choose_samples
 from testbed.attacks.checks import check_answer, check_calibration, check_declaration
 from testbed.attacks.offline import ArrayAdversary, NotGivenError
 from testbed.attacks.regression_statistics import fit_ridge, project_shares
+from testbed.attacks.restricted import RestrictedAdversary
 from testbed.attacks.rounding import largest_remainder
 from testbed.data import load
 from testbed.models.build import build

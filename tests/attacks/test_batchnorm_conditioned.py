@@ -10,10 +10,11 @@ from scipy.optimize import minimize
 from torch import nn
 
 from testbed.attacks import Knowledge, attacks, make_attack
-from testbed.attacks.adversary import AuxiliarySamples, GlobalModel, RestrictedAdversary
+from testbed.attacks.adversary import AuxiliarySamples, GlobalModel
 from testbed.attacks.base import Normalised, Observations
 from testbed.attacks.batchnorm_conditioned import class_evidence, label_shares
 from testbed.attacks.checks import check_answer, check_calibration, check_declaration
+from testbed.attacks.restricted import RestrictedAdversary
 from testbed.attacks.rounding import largest_remainder
 from testbed.data import load
 from testbed.models.build import build

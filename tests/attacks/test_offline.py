@@ -9,8 +9,9 @@ from small_run import plan_of, setups_for
 from torch import nn
 
 from testbed.attacks import Head, Knowledge, Observed, Outputs, attacks, make_attack
-from testbed.attacks.adversary import AuxiliarySamples, GlobalModel, RestrictedAdversary
+from testbed.attacks.adversary import AuxiliarySamples, GlobalModel
 from testbed.attacks.offline import ArrayAdversary, NotGivenError
+from testbed.attacks.restricted import RestrictedAdversary
 from testbed.attacks.simulation import softmax
 from testbed.errors import UserError
 from testbed.models.flat import FlatModel

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.attacks import Assumption, Head, Knowledge, Observed, Outputs, attacks, make_attack
-from testbed.attacks.adversary import AuxiliarySamples, GlobalModel, RestrictedAdversary
+from testbed.attacks.adversary import AuxiliarySamples, GlobalModel
 from testbed.attacks.checks import check_answer, check_calibration, check_declaration
 from testbed.attacks.metrics import asr
+from testbed.attacks.restricted import RestrictedAdversary
 from testbed.attacks.rlu import wrong_logits
 from testbed.attacks.rounding import largest_remainder
 from testbed.attacks.simulation import softmax
@@ -35,7 +36,7 @@ VARIANTS = ("corrected", "released")
 class Owner:
     """An adversary with outputs on samples, and a last layer that is the same for all clients."""
 
-    learning_rate = 0.5
+    learning_rate, local_steps = 0.5, 1
 
     def __init__(self, features, labels, weight, bias):
         self.outputs = Outputs(softmax(features @ weight.T + bias), features, labels)
@@ -146,7 +147,7 @@ def path_by_loop(observed, mu, mu_after, rate, momentum, released):
         )
         high = [c for c in range(classes) if error[c] >= 0 and counts[c] >= steps]
         low = [c for c in range(classes) if error[c] < 0]
-        if exchanges == 5 or max(abs(error)) < 0.1 or not high or not low:
+        if exchanges == 4 or max(abs(error)) < 0.1 or not high or not low:
             break
         counts[max(high, key=lambda c: error[c])] -= steps
         counts[min(low, key=lambda c: error[c])] += steps

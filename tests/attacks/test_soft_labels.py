@@ -184,4 +184,8 @@ def test_declarations():
         attack = attacks()[name]
         check_declaration(name, attack.calibration_arrays)
         assert attack.knowledge is Knowledge.MODEL
-        assert attack.assumes == {Assumption.ONE_LABEL}
+    assert attacks()["soft_labels"].assumes == {Assumption.ONE_LABEL}
+    assert attacks()["soft_labels_no_bias"].assumes == {
+        Assumption.ONE_LABEL,
+        Assumption.FIVE_CLASSES,
+    }

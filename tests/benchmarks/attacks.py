@@ -39,8 +39,9 @@ from testbed.attacks import (
     attacks,
     make_attack,
 )
-from testbed.attacks.adversary import GlobalModel, RestrictedAdversary
+from testbed.attacks.adversary import GlobalModel
 from testbed.attacks.offline import ArrayAdversary
+from testbed.attacks.restricted import RestrictedAdversary
 from testbed.attacks.simulation import head_gradient, softmax
 from testbed.experiment import parse_experiment
 from testbed.plan import make_plan
