@@ -1,4 +1,4 @@
-"""The command line: ``python -m analysis show|table|figures|replay|attack``."""
+"""The command line: ``python -m analysis show|table|compare|figures|replay|attack``."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.commands import COMMANDS, add_parsers
+from analysis.commands import COMMANDS, add_parsers, write_out
 from testbed.errors import UserError
 
 _STYLES = ("text", "csv", "markdown", "latex")
@@ -28,7 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        commands = {"show": _show, "table": _table, "figures": _figures, **COMMANDS}
+        commands = {
+            "show": _show,
+            "table": _table,
+            "compare": _compare,
+            "figures": _figures,
+            **COMMANDS,
+        }
         commands[arguments.command](arguments)
         sys.stdout.flush()
     except UserError as error:
@@ -54,12 +60,6 @@ def _parser() -> argparse.ArgumentParser:
         "table", help="success of each attack in each scenario, beside guessing and the oracle"
     )
     table.add_argument(
-        "--format", choices=_STYLES, default="text", help="csv is the tidy form (default: text)"
-    )
-    table.add_argument(
-        "--metric", default="asr", metavar="NAME", help="metric to show (default: asr)"
-    )
-    table.add_argument(
         "--rows",
         choices=("auto", "scenarios", "attacks"),
         default="auto",
@@ -70,7 +70,25 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep scenarios apart that differ in the seed alone (default: average them)",
     )
-    table.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to a file")
+    compare = commands.add_parser(
+        "compare", help="one attack against the best of the others, with the difference's interval"
+    )
+    compare.add_argument("--attack", metavar="LABEL", required=True, help="the attack")
+    compare.add_argument(
+        "--against",
+        type=_labels,
+        default=[],
+        metavar="A,B,...",
+        help="the others (default: all that know no more)",
+    )
+    for command in (table, compare):
+        command.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to a file")
+        command.add_argument(
+            "--format", choices=_STYLES, default="text", help="csv is the tidy form (default: text)"
+        )
+        command.add_argument(
+            "--metric", default="asr", metavar="NAME", help="metric to show (default: asr)"
+        )
     figures = commands.add_parser(
         "figures",
         help="success against batch size, stage of training and the like, or as a matrix of all "
@@ -84,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--attacks", type=_labels, default=[], metavar="A,B,...", help="these attacks alone"
         )
-    for command in (show, table, figures):
+    for command in (show, table, compare, figures):
         command.add_argument("files", nargs="+", metavar="FILE", help="results file")
     add_parsers(commands)
     return parser
@@ -110,13 +128,22 @@ def _table(arguments: argparse.Namespace) -> None:
         frame, arguments.format, arguments.metric, arguments.rows, per_seed=arguments.per_seed
     )
     _note_incomplete(arguments.files)
-    if arguments.output is None:
-        print(text, end="")
-        return
-    try:
-        arguments.output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{arguments.output}: cannot write the table: {error.strerror}") from None
+    write_out(text, arguments.output, "table")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from analysis.compare import render_comparison
+    from analysis.load import load_attacked
+
+    text = render_comparison(
+        load_attacked(*arguments.files),
+        arguments.attack,
+        arguments.format,
+        arguments.metric,
+        arguments.against,
+    )
+    _note_incomplete(arguments.files)
+    write_out(text, arguments.output, "table")
 
 
 def _figures(arguments: argparse.Namespace) -> None:

@@ -184,13 +184,7 @@ def _attack(arguments: argparse.Namespace) -> None:
     for doubt in given.doubts:
         print(f"warning: {doubt}", file=sys.stderr)
     text = render(given, run_attacks(given, attacks, arguments.seed), arguments.format)
-    if arguments.output is None:
-        print(text, end="")
-        return
-    try:
-        arguments.output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{arguments.output}: cannot write the answers: {error.strerror}") from None
+    write_out(text, arguments.output, "answers")
 
 
 def _arrays(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -222,6 +216,17 @@ def _arrays(arguments: argparse.Namespace) -> dict[str, Any]:
         if part == "weights" or "model_weights" in arrays:
             arrays.setdefault(model, start)
     return arrays
+
+
+def write_out(text: str, path: Path | None, what: str) -> None:
+    """Write text to a file, or print it; `UserError` where the file cannot be written."""
+    if path is None:
+        print(text, end="")
+        return
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the {what}: {error.strerror}") from None
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {

@@ -216,7 +216,7 @@ def _score(
     }
     for metric, guesses in metrics.GUESSES.items():
         columns = baseline_columns(metric)
-        common |= {columns[name]: expected(truth) for name, expected in guesses.items()}
+        common |= {columns[name]: expected(truth, believed) for name, expected in guesses.items()}
     nothing = dict.fromkeys(metrics.METRICS, np.full(len(truth), np.nan))
     scored = []
     for label, info in scenario.attacks.items():

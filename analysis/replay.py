@@ -380,6 +380,8 @@ def _attributes(results: "Results", chosen: Sequence[Replayed]) -> dict[str, str
 
 def _threads(experiment: str) -> AbstractContextManager[object]:
     """Compute with as many threads as the run did, on which the last bits depend."""
+    import scipy.linalg  # noqa: F401 - only what has been loaded can be told
+
     try:
         from threadpoolctl import threadpool_limits
     except ImportError:  # it comes with what runs need, and replays do without

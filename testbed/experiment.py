@@ -123,6 +123,16 @@ class PretrainingSection(_Section):
     batch_size: Count = 32
     learning_rate: Positive = 0.1
 
+    @pydantic.model_validator(mode="after")
+    def _trains(self) -> "PretrainingSection":
+        for key, field in type(self).model_fields.items():
+            if self.steps is None and key != "steps" and getattr(self, key) != field.default:
+                raise ValueError(
+                    f"pretraining.{key} is of no use without pretraining.steps: set the number of "
+                    "steps, 0 for none"
+                )
+        return self
+
 
 class AdversarySection(_Section):
     """What the server knows wrongly, or less well than the attacks presume.
@@ -186,6 +196,15 @@ class FederationSection(_Section):
     evaluate_every: Natural = 0
     share_statistics: bool = True
     statistics_noise: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=100)] = 0.0
+
+    @pydantic.model_validator(mode="after")
+    def _noise_is_shared(self) -> "FederationSection":
+        if self.statistics_noise and not self.share_statistics:
+            raise ValueError(
+                "federation.statistics_noise is of no use where share_statistics is false: "
+                "statistics that are not shared get no noise"
+            )
+        return self
 
 
 class AttackSection(pydantic.BaseModel):
@@ -254,7 +273,11 @@ class Scenario(_Section):
                 f"attacks: {twice[0]!r} stands there twice: give each a `label` of its own"
             )
         other = (self.adversary.auxiliary_data, self.adversary.auxiliary_root)
-        if other == (self.data.name, self.data.root):
+        if other[0] is not None and other[1] is not None and not DATASETS[other[0]].root:
+            raise ValueError(
+                f"adversary.auxiliary_root: the data set {other[0]!r} reads no files: leave it out"
+            )
+        if other[0] == self.data.name and _same_place(other[1], self.data.root):
             raise ValueError(
                 "adversary.auxiliary_data is the victims' data set, of which the server has the "
                 "auxiliary part anyway: name another one"
@@ -276,6 +299,13 @@ class Scenario(_Section):
                 f"are {shape[1]}x{shape[2]}: choose another model or data set"
             )
         return self
+
+
+def _same_place(one: Path | None, other: Path | None) -> bool:
+    """Return whether two roots are the same on disk, however they are written."""
+    return one == other or (
+        one is not None and other is not None and one.resolve() == other.resolve()
+    )
 
 
 class Experiment(Scenario):

@@ -34,25 +34,26 @@ def auxiliary_samples(
         No class would be left, or the other data set has other classes or too few samples.
     """
     section, seed = scenario.adversary, scenario.seed
-    rng = stream(seed, Purpose.AUXILIARY)
+    # Each with a stream of its own: one thing that is wrong does not change another.
+    streams = [stream(seed, Purpose.AUXILIARY, draw) for draw in range(3)]
     if section.auxiliary_missing >= classes:
         raise UserError(
             f"adversary.auxiliary_missing: {section.auxiliary_missing} of {classes} classes; "
             "expected at least one class with samples"
         )
-    missing = rng.permutation(classes)[: section.auxiliary_missing]
+    missing = streams[0].permutation(classes)[: section.auxiliary_missing]
     if other is None:
         inputs, labels = samples.inputs(parts.auxiliary), samples.labels[parts.auxiliary]
     else:
-        chosen = _choose(other.labels, classes, scenario.data.auxiliary_per_class, rng)
+        chosen = _choose(other.labels, classes, scenario.data.auxiliary_per_class, streams[1])
         inputs, labels = other.inputs(chosen), other.labels[chosen]
         inputs = _fit(inputs, samples.shape)
-    kept = ~np.isin(labels, missing)
-    inputs, labels = inputs[torch.from_numpy(kept).to(inputs.device)], labels[kept]
     if section.auxiliary_noise:
-        noise = section.auxiliary_noise * rng.standard_normal(tuple(inputs.shape), np.float32)
+        noise = streams[2].standard_normal(tuple(inputs.shape), np.float32)
+        noise *= np.float32(section.auxiliary_noise)
         inputs = (inputs + torch.from_numpy(noise).to(inputs.device)).clamp(0, 1)
-    return AuxiliarySamples(inputs, labels)
+    kept = ~np.isin(labels, missing)
+    return AuxiliarySamples(inputs[torch.from_numpy(kept).to(inputs.device)], labels[kept])
 
 
 def _choose(

@@ -20,7 +20,7 @@ class Pretraining:
     """Trains the models of scenarios, each once, and keeps them on the root at every stage.
 
     The model of round r is trained by rank r modulo the number of ranks; it depends on the seed
-    and on r alone.
+    and on r alone. The root drops what no later scenario attacks.
 
     Parameters
     ----------
@@ -47,6 +47,12 @@ class Pretraining:
         announce
             Is told what is going on, on the root.
         """
+        later = {
+            (_key(other), other.pretraining_steps)
+            for other in self._plans
+            if other.index >= plan.index
+        }
+        self._states = {k: state for k, state in self._states.items() if k[:2] in later}
         key = _key(plan)
         if plan.pretraining_steps is None or key in self._done:
             return
@@ -58,12 +64,12 @@ class Pretraining:
             announce(f"training {models} model{'s' * (models > 1)} for {steps[-1]} steps")
         setup = self._setups.make(plan)
         mine = range(self._transport.rank, models, self._transport.size)
-        trained = {number: _train(plan, setup, number, steps) for number in mine}
-        for part in self._transport.gather(trained):
-            if self._transport.is_root:
-                for number, stages in part.items():
-                    for step, state in zip(steps, stages, strict=True):
-                        self._states[key, step, number] = state
+        states = [state for number in mine for state in _train(plan, setup, number, steps)]
+        for rank, found in enumerate(self._transport.collect(states)):
+            numbers = range(rank, models, self._transport.size)
+            labels = ((step, number) for number in numbers for step in steps)
+            for (step, number), state in zip(labels, found, strict=True):
+                self._states[key, step, number] = state
 
     def initial(self, plan: ScenarioPlan, number: int) -> State | None:
         """Return a round's model on the root; None where the scenario has no pretraining."""

@@ -3,6 +3,8 @@
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -41,7 +43,7 @@ class Progress:
         self._done = 0
         self._scenario = -1
         self._started = self._shown = time.monotonic()
-        self._pause = _FIRST_PAUSE
+        self._pause, self._apart = _FIRST_PAUSE, 0.0
         self._bar: Bar | None = None
 
     def __enter__(self) -> "Progress":
@@ -86,6 +88,13 @@ class Progress:
         elif self._mode == "log":
             self._say(text)
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave the time of what is no round out of the rate, and of the time that is left."""
+        started = time.monotonic()
+        yield
+        self._apart += time.monotonic() - started
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -109,8 +118,13 @@ class Progress:
         return f"{self._done}/{self._total} rounds"
 
     def _rate(self, now: float) -> str:
-        rate = self._done / max(now - self._started, 1e-9)
-        return f"{rate:.1f} rounds/s, {_duration((self._total - self._done) / rate)} left"
+        rate = self._done / max(now - self._started - self._apart, 1e-9)
+        left = _duration((self._total - self._done) / rate)
+        for unit in ("s", "min"):
+            if rate >= 0.95:
+                return f"{rate:.1f} rounds/{unit}, {left} left"
+            rate *= 60
+        return f"{rate:.1f} rounds/h, {left} left"
 
     @staticmethod
     def _say(text: str) -> None:

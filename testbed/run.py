@@ -134,6 +134,7 @@ class _Run:
         else:
             pretraining = Pretraining(transport, setups, self._plans)
             for plan in self._plans:
+                self._position.scenario, self._position.round = plan.index, None
                 pretraining.prepare(plan)
                 setup = setups.make(plan)
                 transport.serve(plan, setup.layout, self._worker(plan, setup))
@@ -172,7 +173,11 @@ class _Run:
         try:
             with Progress(experiment.title, total, self._options.progress) as progress:
                 for plan in self._plans:
-                    pretraining.prepare(plan, progress.announce)
+                    self._position.scenario, self._position.round = plan.index, None
+                    if plan.pretraining_steps is not None:
+                        writer.commit()  # what is done should not wait for a long training
+                    with progress.apart():
+                        pretraining.prepare(plan, progress.announce)
                     setup = setups.make(plan)
                     worker = None
                     if transport.size == 1:
@@ -223,7 +228,7 @@ def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:
     setup.auxiliary()  # an error of the user's is told before any rank computes
     layout = setup.layout
     attacks = setup.attacks
-    facts = scenario_facts(plan, layout, lowest_feature(plan, setup))
+    facts = scenario_facts(plan, setup, lowest_feature(plan, setup))
     idle = {label: not_applicable(attack, facts) for label, attack in attacks.items()}
     arrays = scenario_arrays(
         bias=layout.bias is not None,

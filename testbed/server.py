@@ -18,6 +18,7 @@ from testbed.attacks.checks import check_calibration
 from testbed.attacks.inference import infer_in_chunks
 from testbed.attacks.restricted import RestrictedAdversary
 from testbed.failure import Position
+from testbed.models.norms import statistics_length
 from testbed.plan import ScenarioPlan, Task
 from testbed.results.schema import PHASES
 from testbed.results.writer import ResultsWriter
@@ -145,7 +146,7 @@ class ScenarioServer:
             local_steps=plan.local_steps,
             learning_rate=plan.scenario.federation.learning_rate,
         )
-        facts = scenario_facts(plan, self._layout)
+        facts = scenario_facts(plan, setup)
         self._attacks = {
             label: attack
             for label, attack in setup.attacks.items()
@@ -187,6 +188,8 @@ class ScenarioServer:
             record.clock.seconds["write"] = written
             started = time.perf_counter()
             self._writer.append(self._plan.index, number, rows | self._measured(record))
+            # What was observed is not to be held while the next round's updates come in.
+            del record, rows
             written = time.perf_counter() - started
             yield number
 
@@ -260,22 +263,29 @@ class ScenarioServer:
             rows["observations/weight_gradient"] = record.weight
         if self._plan.keeps_weights and record.statistics is not None:
             rows["observations/statistics"] = record.statistics
-            rows["observations/statistics_sent"] = self._slot(number)[self._layout.parameters :]
+            # A copy: the row waits for the next commit, and the slot for a later model.
+            rows["observations/statistics_sent"] = self._slot(number)[
+                self._layout.parameters :
+            ].copy()
         if self._plan.keeps_updates and record.update is not None:
             rows["observations/update"] = record.update
         seen = np.flatnonzero(record.finite)
         if len(seen) == 0:
             return rows
+        # Mostly all of them: views, as whole updates of many clients are large.
+        chosen = slice(None) if len(seen) == len(record.finite) else seen
+        with record.clock.phase("attack"):
+            believed = self._believed_labels(record, chosen)
         observations = Observations(
-            row_sums=record.row_sums[seen],
-            bias_gradient=None if record.bias is None else record.bias[seen],
-            weight_gradient=None if record.weight is None else record.weight[seen],
-            labels=self._believed_labels(record, seen),
+            row_sums=record.row_sums[chosen],
+            bias_gradient=None if record.bias is None else record.bias[chosen],
+            weight_gradient=None if record.weight is None else record.weight[chosen],
+            labels=believed,
             keys=seen,
             local_steps=self._plan.local_steps,
-            statistics=None if record.statistics is None else record.statistics[seen],
-            update=None if record.update is None else record.update[seen],
-            posterior=record.posterior[seen],
+            statistics=None if record.statistics is None else record.statistics[chosen],
+            update=None if record.update is None else record.update[chosen],
+            posterior=record.posterior[chosen],
         )
         labels = np.full(self._plan.clients, -1, np.int32)
         labels[seen] = observations.labels
@@ -291,13 +301,15 @@ class ScenarioServer:
                 rows |= self._run(label, attack, number, observations.restricted(attack))
         return rows
 
-    def _believed_labels(self, record: Round, seen: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many labels the server takes each update to have."""
+    def _believed_labels(
+        self, record: Round, chosen: slice | NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Return how many labels the server takes each of the chosen updates to have."""
         steps = self._plan.local_steps
-        labels = np.full(len(seen), self._plan.labels_per_update)
+        labels = np.full(len(record.finite[chosen]), self._plan.labels_per_update)
         if self._estimates and record.weight is not None:
-            bias = None if record.bias is None else record.bias[seen]
-            labels = estimate_labels(record.weight[seen], bias, steps)
+            bias = None if record.bias is None else record.bias[chosen]
+            labels = estimate_labels(record.weight[chosen], bias, steps)
         factor = self._plan.scenario.adversary.batch_size_factor
         return np.maximum(np.rint(labels * factor), 1).astype(np.int64)
 
@@ -366,16 +378,17 @@ class ScenarioServer:
 
 
 def scenario_facts(
-    plan: ScenarioPlan, layout: UpdateLayout, lowest_feature: float | None = None
+    plan: ScenarioPlan, setup: ScenarioSetup, lowest_feature: float | None = None
 ) -> Facts:
     """Return what of a scenario decides about the attacks' assumptions."""
-    scenario = plan.scenario
+    scenario, layout = plan.scenario, setup.layout
+    statistics = statistics_length(setup.model.module)
     adversary = scenario.adversary
     return Facts(
         classes=layout.classes,
         features=layout.features,
         bias=layout.bias is not None,
-        statistics=layout.buffers if scenario.federation.share_statistics else 0,
+        statistics=statistics if scenario.federation.share_statistics else 0,
         batch_size=scenario.federation.batch_size,
         local_steps=plan.local_steps,
         known_size=adversary.batch_size == "known" and adversary.batch_size_factor == 1,

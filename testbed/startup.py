@@ -77,17 +77,22 @@ class Setups:
         """Load every data set of the plan; all ranks call this, in the same order."""
         for plan in plans:
             data, adversary = plan.scenario.data, plan.scenario.adversary
-            keys = [(data.name, data.root)]
+            keys = {"data.root": (data.name, data.root)}
             if adversary.auxiliary_data is not None:
-                keys.append((adversary.auxiliary_data, adversary.auxiliary_root))
-            for key in keys:
+                other = adversary.auxiliary_data, adversary.auxiliary_root
+                keys["adversary.auxiliary_root"] = other
+            for setting, key in keys.items():
                 if key not in self._samples:
-                    dataset = self._share(key)
+                    dataset = self._share(key, setting)
                     self._samples[key] = (dataset, Samples(dataset, self._device))
 
-    def _share(self, key: DataKey) -> Dataset:
+    def _share(self, key: DataKey, setting: str) -> Dataset:
         def read() -> tuple[tuple[str, int, float, int | None], dict[str, NDArray[np.generic]]]:
-            dataset = load(*key)
+            try:
+                dataset = load(*key)
+            except UserError as error:
+                # The loaders know of one place where a root may stand.
+                raise UserError(str(error).replace("data.root", setting)) from None
             description = (dataset.name, dataset.classes, dataset.scale, dataset.test_start)
             return description, {"images": dataset.images, "labels": dataset.labels}
 

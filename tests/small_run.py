@@ -38,6 +38,32 @@ def setups_for(plans: Sequence[ScenarioPlan]) -> Setups:
     return setups
 
 
+def normalised(momentum: float = 0.1, dropout: float = 0.0) -> nn.Module:
+    """Build a model for the digits whose BatchNorm normalises one value per image."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64, 12),
+        nn.BatchNorm1d(12, momentum=momentum),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(12, 10),
+    )
+
+
+class Tabled(nn.Module):
+    """A model for the digits with a float buffer that is none of BatchNorm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.ones(12))
+        self.body, self.head = nn.Linear(64, 12), nn.Linear(12, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return logits."""
+        logits: torch.Tensor = self.head(self.table * self.body(images.flatten(1)).relu())
+        return logits
+
+
 def unbiased() -> nn.Module:
     """Build a model for the digits whose last layer has no bias."""
     return nn.Sequential(
@@ -56,6 +82,8 @@ def header_of(plan: ScenarioPlan, setup: ScenarioSetup) -> ScenarioHeader:
     }
     if not plan.keeps_weights:
         del lengths["feature"]
+    elif layout.buffers:
+        lengths["buffer"] = layout.buffers
     attacks: Mapping[str, AttackHeader] = {
         label: AttackHeader(
             attack.name, attack.title, attack.knowledge.value, attack.source, attack.options()
@@ -72,6 +100,7 @@ def header_of(plan: ScenarioPlan, setup: ScenarioSetup) -> ScenarioHeader:
         arrays=scenario_arrays(
             bias=layout.bias is not None,
             weight=plan.keeps_weights,
+            statistics=plan.keeps_weights and layout.buffers > 0,
             attacks={
                 label: (attack.answers.value, attack.arrays())
                 for label, attack in setup.attacks.items()

@@ -306,9 +306,9 @@ def laughs(levels: int) -> str:
 )
 def test_hostile_yaml_is_refused_at_once(text: str, tmp_path: Path) -> None:
     folder = tmp_path / "made"
-    started = time.monotonic()
+    started = time.process_time()
     message = refusal(text.replace("{folder}", str(folder)))
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert len(message) < 2000
     assert not folder.exists()
 

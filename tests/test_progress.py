@@ -72,8 +72,21 @@ def test_log_of_a_short_run_has_two_lines(clock: Clock, capfd: pytest.CaptureFix
 def test_log_of_a_long_run_counts_hours(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
     run(clock, "log", 2, 1862.0)
     lines = capfd.readouterr().err.splitlines()
-    assert lines[1] == "clock 1/2 rounds, 0.0 rounds/s, 31:02 left; scenario 0"
+    assert lines[1] == "clock 1/2 rounds, 1.9 rounds/h, 31:02 left; scenario 0"
     assert lines[-1] == "clock 2/2 rounds in 1:02:04"
+
+
+def test_time_apart_does_not_slow_the_rounds(
+    clock: Clock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Progress("title", 100, "log") as shown:
+        with shown.apart():
+            clock.now += 500.0
+        clock.now += 4.0
+        shown.advance(plan_of())
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[1] == "clock 1/100 rounds, 15.0 rounds/min, 6:36 left; scenario 0"
+    assert lines[-1] == "clock 1/100 rounds in 8:24"
 
 
 def test_log_names_the_swept_values(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:

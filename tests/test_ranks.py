@@ -32,6 +32,32 @@ EXPERIMENTS = {
         "federation": {"rounds": 3, "clients": 2, "batch_size": 4, "evaluate_every": 1},
         "compute": {"receive_buffers": 2},
     },
+    "stages_with_shifted_knowledge": {
+        "model": {"name": "cnn_bn", "init": "torch"},
+        "data": {"name": "digits", "auxiliary_per_class": 5},
+        "pretraining": {"steps": 0, "batch_size": 8},
+        "federation": {
+            "rounds": 3,
+            "clients": 3,
+            "batch_size": 6,
+            "fresh_model": True,
+            "statistics_noise": 0.01,
+        },
+        "adversary": {
+            "auxiliary_noise": 0.1,
+            "auxiliary_missing": 2,
+            "batch_size": "estimated",
+        },
+        "attacks": [
+            *("prior", "zlg", "ilrg", "rlg", "aux_ls", "class_basis", "lmmse"),
+            {"name": "ldia", "shadows": 50, "epochs": 2},
+            {"name": "posterior_regression", "simulations": 50, "steps": 20},
+            {"name": "batchnorm_joint", "batches": 20, "noise": 0.01},
+            *("batchnorm_conditioned_joint", "gradient_bridge"),
+        ],
+        "results": {"observations": "full"},
+        "sweep": {"pretraining.steps": [0, 15]},
+    },
 }
 
 

@@ -96,13 +96,21 @@ class Recorder(Downlink):
         self._inner.__exit__(*error)
 
 
-def serve(path: Path, *overrides: str, tamper: Tamper = lambda *_: None, workers: int = 1) -> Run:
+def serve(
+    path: Path,
+    *overrides: str,
+    tamper: Tamper = lambda *_: None,
+    workers: int = 1,
+    commit_seconds: float = 1.0,
+) -> Run:
     plan = plan_of(*overrides)
     setups = setups_for([plan])
     run = Run(plan, setups.make(plan), path)
     worker = ClientWorker(plan, setups.make(plan, copy=True), 0)
     header = header_of(plan, run.setup)
-    writer = ResultsWriter(path, attributes={}, ranks=RANKS, scenarios=[header])
+    writer = ResultsWriter(
+        path, attributes={}, ranks=RANKS, scenarios=[header], commit_seconds=commit_seconds
+    )
     transport = LocalTransport()
     opened = transport.open(plan, run.setup.layout, worker, buffers=4)
     with closing(writer), Recorder(opened, run, tamper) as downlink:
@@ -248,6 +256,21 @@ def test_observations_are_what_the_client_sent(tmp_path: Path) -> None:
         np.testing.assert_array_equal(weight[at], layout.weight_gradient(payload))
         np.testing.assert_array_equal(bias[at], layout.bias_gradient(payload))
         np.testing.assert_allclose(rows[at], weight[at].sum(axis=1, dtype=float), rtol=1e-6)
+
+
+@pytest.mark.parametrize("commit_seconds", [0.0, 3600.0])
+def test_statistics_sent_are_those_of_the_round_however_late_they_are_written(
+    tmp_path: Path, commit_seconds: float
+) -> None:
+    statistics = ("model.name=cnn_bn", "model.init=torch", "results.observations=last_layer")
+    run = serve(
+        tmp_path / "a.h5", *statistics, "federation.rounds=6", commit_seconds=commit_seconds
+    )
+    split = run.setup.layout.parameters
+    sent = run["observations/statistics_sent"]
+    for number, model in run.models.items():
+        np.testing.assert_array_equal(sent[number], model[split:])
+    assert len({row.tobytes() for row in sent}) == 6
 
 
 def test_identities_of_the_last_layer(tmp_path: Path) -> None:

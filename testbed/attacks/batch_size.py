@@ -25,6 +25,9 @@ _RANK_TOLERANCE = 3e-7
 # one of zeros. Attacks simulate batches of the size that is found: it has to be one of this world.
 _MOST = 1024
 
+# Of weight gradients, how many numbers are in work at once.
+_NUMBERS = 1 << 22
+
 
 def estimate_labels(
     weight_gradient: NDArray[np.floating[Any]],
@@ -63,6 +66,20 @@ def estimate_labels(
     NDArray[np.int64]
         [N]: labels of each update, a positive multiple of E.
     """
+    found = np.empty(len(weight_gradient), np.int64)
+    step = max(1, _NUMBERS // max(1, weight_gradient[0].size)) if len(weight_gradient) else 1
+    for start in range(0, len(found), step):
+        rows = slice(start, start + step)
+        bias = None if bias_gradient is None else bias_gradient[rows]
+        found[rows] = _estimate(weight_gradient[rows], bias, local_steps)
+    return found
+
+
+def _estimate(
+    weight_gradient: NDArray[np.floating[Any]],
+    bias_gradient: NDArray[np.floating[Any]] | None,
+    local_steps: int,
+) -> NDArray[np.int64]:
     weight = np.nan_to_num(np.asarray(weight_gradient, np.float64), posinf=0.0, neginf=0.0)
     bound = min(weight.shape[1] - 1, weight.shape[2])
     values = np.linalg.svd(weight, compute_uv=False)

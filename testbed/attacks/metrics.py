@@ -154,91 +154,70 @@ def score(
     }
 
 
-def expected_random_asr(truth: Counts) -> Scores:
+def expected_random_asr(truth: Counts, labels: Counts | None = None) -> Scores:
     """Return the expected `asr` of a guess that draws every label uniformly from the C classes.
 
-    The count of a class is then binomial, so this is ``sum_c E[min(t_c, X)] / N`` with
-    ``X ~ Binomial(N, 1/C)``, in closed form.
+    The count of a class is then binomial, so this is ``sum_c E[min(t_c, X)] / max(N, M)`` with
+    ``X ~ Binomial(M, 1/C)``, in closed form.
 
     Parameters
     ----------
     truth
-        integer [..., C].
+        integer [..., C]; N labels each.
+    labels
+        integer [...]: how many labels are guessed, M, positive: what the server takes the update
+        to have. The true N where None.
 
     Returns
     -------
     Scores
         float64 [...].
     """
-    labels, classes = _labels(truth), truth.shape[-1]
-    valid = _valid(truth)
+    true, classes = _labels(truth), truth.shape[-1]
+    guessed = true if labels is None else np.asarray(labels)
+    valid = _valid(truth) & (guessed > 0)
     expected = np.full(truth.shape[:-1], np.nan)
-    for total in np.unique(labels[valid]):
-        rows = valid & (labels == total)
+    for total in np.unique(guessed[valid]):
+        rows = valid & (guessed == total)
         table = _expected_minimum(int(total), classes)
-        expected[rows] = table[truth[rows]].sum(axis=-1) / total
+        hits = table[np.minimum(truth[rows], total)].sum(axis=-1)
+        expected[rows] = hits / np.maximum(true[rows], total)
     return expected
 
 
-def expected_uniform_asr(truth: Counts) -> Scores:
-    """Return the expected `asr` of the guess that spreads the N labels as evenly as possible.
+def expected_uniform_asr(truth: Counts, labels: Counts | None = None) -> Scores:
+    """Return the expected `asr` of the guess that spreads M labels as evenly as possible.
 
-    Every class gets ``N // C`` labels, and a random subset of ``N % C`` classes one more.
+    Every class gets ``M // C`` labels, and a random subset of ``M % C`` classes one more.
 
     Parameters
     ----------
-    truth
-        integer [..., C].
+    truth, labels
+        See `expected_random_asr`.
 
     Returns
     -------
     Scores
         float64 [...].
     """
-    labels, classes = _labels(truth)[..., None], truth.shape[-1]
-    base, share = labels // classes, (labels % classes) / classes
+    true, classes = _labels(truth), truth.shape[-1]
+    guessed = true if labels is None else np.asarray(labels)
+    base, share = guessed[..., None] // classes, (guessed[..., None] % classes) / classes
     hits = (1 - share) * np.minimum(truth, base) + share * np.minimum(truth, base + 1)
-    return _ratio(hits.sum(axis=-1), labels[..., 0], truth, truth)
+    size = np.where(guessed > 0, np.maximum(true, guessed), 0)
+    return _ratio(hits.sum(axis=-1), size, truth, truth)
 
 
-def expected_random_f1(truth: Counts) -> Scores:
-    """Return the expected `presence_f1` of a guess that draws N labels uniformly.
+def expected_random_f1(truth: Counts, labels: Counts | None = None) -> Scores:
+    """Return the expected `presence_f1` of a guess that draws M labels uniformly.
 
     Given how many classes a guess holds, d, every set of d classes is as likely, so that it hits
     ``d k / C`` of the k present ones; d has the occupancy distribution.
 
     Parameters
     ----------
-    truth
-        integer [..., C].
-
-    Returns
-    -------
-    Scores
-        float64 [...].
-    """
-    labels, classes = _labels(truth), truth.shape[-1]
-    present = (truth > 0).sum(axis=-1)
-    valid = _valid(truth)
-    expected = np.full(truth.shape[:-1], np.nan)
-    held = np.arange(classes + 1)
-    for total in np.unique(labels[valid]):
-        rows = valid & (labels == total)
-        k = np.arange(1, classes + 1)[:, None]
-        table = (2 * held * k / classes / (k + held)) @ _occupancy(int(total), classes)
-        expected[rows] = table[present[rows] - 1]
-    return expected
-
-
-def expected_uniform_f1(truth: Counts) -> Scores:
-    """Return the expected `presence_f1` of the guess that spreads N labels as evenly as possible.
-
-    It holds all classes where there are as many labels, else a random set of N classes.
-
-    Parameters
-    ----------
-    truth
-        integer [..., C].
+    truth, labels
+        See `expected_random_asr`.
 
     Returns
     -------
@@ -246,12 +225,43 @@ def expected_uniform_f1(truth: Counts) -> Scores:
         float64 [...].
     """
     classes = truth.shape[-1]
-    held, present = np.minimum(_labels(truth), classes), (truth > 0).sum(axis=-1)
+    guessed = _labels(truth) if labels is None else np.asarray(labels)
+    present = (truth > 0).sum(axis=-1)
+    valid = _valid(truth) & (guessed > 0)
+    expected = np.full(truth.shape[:-1], np.nan)
+    held = np.arange(classes + 1)
+    for total in np.unique(guessed[valid]):
+        rows = valid & (guessed == total)
+        k = np.arange(1, classes + 1)[:, None]
+        table = (2 * held * k / classes / (k + held)) @ _occupancy(int(total), classes)
+        expected[rows] = table[present[rows] - 1]
+    return expected
+
+
+def expected_uniform_f1(truth: Counts, labels: Counts | None = None) -> Scores:
+    """Return the expected `presence_f1` of the guess that spreads M labels as evenly as possible.
+
+    It holds all classes where there are as many labels, else a random set of M classes.
+
+    Parameters
+    ----------
+    truth, labels
+        See `expected_random_asr`.
+
+    Returns
+    -------
+    Scores
+        float64 [...].
+    """
+    classes = truth.shape[-1]
+    guessed = _labels(truth) if labels is None else np.asarray(labels)
+    held, present = np.clip(guessed, 0, classes), (truth > 0).sum(axis=-1)
     return _ratio(2 * held * present / classes, held + present, truth, truth)
 
 
-# What a guess without information is expected to score, by metric: it is given the true N.
-GUESSES: Mapping[str, Mapping[str, Callable[[Counts], Scores]]] = {
+# What a guess without information is expected to score, by metric. Like every attack it knows the
+# number of labels that the server takes an update to have.
+GUESSES: Mapping[str, Mapping[str, Callable[[Counts, Counts | None], Scores]]] = {
     "asr": {"random": expected_random_asr, "uniform": expected_uniform_asr},
     "presence_f1": {"random": expected_random_f1, "uniform": expected_uniform_f1},
 }

@@ -10,6 +10,17 @@ from testbed.models.flat import FlatModel
 Norm = torch.nn.modules.batchnorm._BatchNorm
 
 
+def statistics_length(module: torch.nn.Module) -> int:
+    """Return how many running means and variances a module's BatchNorm layers keep."""
+    return sum(
+        buffer.numel()
+        for norm in module.modules()
+        if isinstance(norm, Norm)
+        for name, buffer in norm.named_buffers()
+        if name in ("running_mean", "running_var")
+    )
+
+
 @dataclass(frozen=True)
 class Track:
     """Where a norm's running statistics lie in the buffers; its values per channel of an image."""

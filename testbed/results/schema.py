@@ -13,6 +13,12 @@ import numpy as np
 FILE_ENCODING = ("testbed-results", "1.1")
 # Of each dataset, beside its values: header, attributes, index of chunks; measured, rounded up.
 _STRUCTURE_BYTES = 2000
+# Of a position on an axis.
+_AXIS_BYTES = 8
+# Small, since a commit writes the chunk again that the last one left unfinished.
+_CHUNK_BYTES = 1 << 14
+# HDF5 allows no chunk of 4 GiB, and a reader holds whole ones.
+_MOST_CHUNK_BYTES = 1 << 24
 PHASES = ("publish", "wait", "aggregate", "attack", "evaluate", "write")
 
 Calibrations = Mapping[str, tuple[tuple[str | int, ...], str]]
@@ -124,8 +130,25 @@ def used_lengths(arrays: Mapping[str, ArraySpec], lengths: Mapping[str, int]) ->
     }
 
 
+def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Return chunks of many small rounds, or of some clients of a large one.
+
+    As equal ones as may be, since the last one takes as much of the file as the others.
+    """
+    row = int(np.prod(shape[1:])) * itemsize
+    if row <= _CHUNK_BYTES or len(shape) == 1:
+        return (_even(shape[0], max(1, _CHUNK_BYTES // row)), *shape[1:])
+    client = row // shape[1]
+    return (1, _even(shape[1], max(1, _MOST_CHUNK_BYTES // client)), *shape[2:])
+
+
+def _even(length: int, most: int) -> int:
+    """Return the length of equal parts of at most ``most``."""
+    return -(-length // -(-length // most))
+
+
 def uncompressed_bytes(arrays: Mapping[str, ArraySpec], lengths: Mapping[str, int]) -> int:
-    """Return what a scenario takes in the file at most: its arrays without compression.
+    """Return what a scenario takes in the file at most: arrays without compression, and axes.
 
     Parameters
     ----------
@@ -135,8 +158,9 @@ def uncompressed_bytes(arrays: Mapping[str, ArraySpec], lengths: Mapping[str, in
         Length of each axis.
     """
     lengths = used_lengths(arrays, lengths)
-    values = sum(
-        int(np.prod([lengths[axis] for axis in spec.axes])) * np.dtype(spec.dtype).itemsize
-        for spec in arrays.values()
-    )
+    values = _AXIS_BYTES * sum(lengths.values())
+    for spec in arrays.values():
+        shape, size = tuple(lengths[axis] for axis in spec.axes), np.dtype(spec.dtype).itemsize
+        pairs = zip(shape, chunk_shape(shape, size), strict=True)
+        values += size * int(np.prod([-(-length // part) * part for length, part in pairs]))
     return values + _STRUCTURE_BYTES * (len(arrays) + len(lengths))

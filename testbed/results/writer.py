@@ -22,13 +22,9 @@ from numpy.typing import NDArray
 
 from testbed.errors import UserError
 from testbed.results.opening import PARTIAL
-from testbed.results.schema import FILE_ENCODING, ArraySpec
+from testbed.results.schema import FILE_ENCODING, ArraySpec, chunk_shape
 
-# Small, since a commit writes the chunk again that the last one left unfinished.
-_CHUNK_BYTES = 1 << 14
 _PENDING_BYTES = 1 << 26
-# HDF5 allows no chunk of 4 GiB, and a reader holds whole ones.
-_MOST_CHUNK_BYTES = 1 << 24
 # A dataset's share of the file's structure.
 _OVERHEAD = 1500
 
@@ -314,7 +310,7 @@ class ResultsWriter:
                 path,
                 shape,
                 spec.dtype,
-                chunks=_chunks(shape, np.dtype(spec.dtype).itemsize),
+                chunks=chunk_shape(shape, np.dtype(spec.dtype).itemsize),
                 fillvalue=spec.fill,
                 compression="gzip" if spec.compressed else None,
                 compression_opts=1 if spec.compressed else None,
@@ -365,15 +361,6 @@ def _copy_chunks(source: h5py.File, target: h5py.File) -> None:
             offset = dataset.id.get_chunk_info(index).chunk_offset
             mask, chunk = dataset.id.read_direct_chunk(offset)
             copy.id.write_direct_chunk(offset, chunk, mask)
-
-
-def _chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Return chunks of many small rounds, or of some clients of a large one."""
-    row = int(np.prod(shape[1:])) * itemsize
-    if row <= _CHUNK_BYTES or len(shape) == 1:
-        return (min(shape[0], max(1, _CHUNK_BYTES // row)), *shape[1:])
-    client = row // shape[1]
-    return (1, min(shape[1], max(1, _MOST_CHUNK_BYTES // client)), *shape[2:])
 
 
 def _hold(descriptor: int) -> bool:

@@ -1,7 +1,7 @@
 """How models go out and updates come in: one interface for one process and for a thousand ranks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Protocol, TypeVar
 
@@ -92,6 +92,13 @@ class Transport(ABC):
     @abstractmethod
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in the order of ranks, on every rank. For set-up."""
+
+    @abstractmethod
+    def collect(self, arrays: Sequence[NDArray[np.float32]]) -> list[list[NDArray[np.float32]]]:
+        """Return every rank's arrays on the root, in the order of ranks; nothing elsewhere.
+
+        One message for each array, nothing but their shapes is pickled.
+        """
 
     @abstractmethod
     def share(

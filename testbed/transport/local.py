@@ -1,7 +1,7 @@
 """One process: the root works for every client itself, through the same round loop."""
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -34,6 +34,10 @@ class LocalTransport(Transport):
     @override
     def gather(self, value: T) -> list[T]:
         return [value]
+
+    @override
+    def collect(self, arrays: Sequence[NDArray[np.float32]]) -> list[list[NDArray[np.float32]]]:
+        return [list(arrays)]
 
     @override
     def share(

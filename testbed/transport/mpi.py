@@ -11,7 +11,7 @@ import socket
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ from testbed.update import Message, UpdateLayout
 
 T = TypeVar("T")
 
-_MODEL, _UPDATE = 1, 2
+_MODEL, _UPDATE, _STATE = 1, 2, 3
 # Messages are sent as 32-bit items, and MPI counts items in an int.
 _MAX_BYTES = 4 * (2**31 - 1)
 
@@ -62,6 +62,22 @@ class MPITransport(Transport):
         _wait(self._comm.Ibarrier())
         result: list[T] = self._comm.allgather(value)
         return result
+
+    @override
+    def collect(self, arrays: Sequence[NDArray[np.float32]]) -> list[list[NDArray[np.float32]]]:
+        _wait(self._comm.Ibarrier())
+        shapes = self._comm.gather([array.shape for array in arrays])
+        if shapes is None:
+            for array in arrays:
+                _wait(self._comm.Isend(np.ascontiguousarray(array), dest=0, tag=_STATE))
+            return []
+        collected = [list(arrays)]
+        for source, sizes in enumerate(shapes[1:], start=1):
+            found = [np.empty(size, np.float32) for size in sizes]
+            for array in found:
+                _wait(self._comm.Irecv(array, source=source, tag=_STATE))
+            collected.append(found)
+        return collected
 
     @override
     def share(

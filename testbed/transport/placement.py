@@ -1,5 +1,6 @@
 """Which device a rank computes on."""
 
+import importlib
 from dataclasses import dataclass
 
 import threadpoolctl
@@ -51,7 +52,9 @@ def place(preference: str, *, host: str, local_rank: int, threads: int) -> Place
         ``cuda`` is asked for and no GPU is visible.
     """
     torch.set_num_threads(threads)
-    # NumPy's, which would take all cores of the host on every rank.
+    # NumPy's and SciPy's, which would take all cores of the host on every rank: only what has been
+    # loaded can be told.
+    importlib.import_module("scipy.linalg")
     threadpoolctl.threadpool_limits(threads)
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if preference == "cuda" and not available:

@@ -161,3 +161,53 @@ class Federation:
 
     def adversary(self, name, batch_size):
         return RestrictedAdversary(self.model, attacks()[name].knowledge, batch_size, 11)
+
+
+class FirstLayer(nn.Module):
+    """Normalises its inputs, so that the batch means are those of the samples."""
+
+    def __init__(self, features, classes, momentum):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(features, momentum=momentum)
+        self.classifier = nn.Linear(features, classes)
+
+    def forward(self, x):
+        return self.classifier(self.norm(x.flatten(1)))
+
+
+def first_layer(*, momentum=0.1, steps=1, sent=0.0, per_class=3, apart=1.0):
+    """Return a model of inputs that are the same for all samples of a class.
+
+    The batch means of its statistics are mixtures of the inputs of the classes, which are as far
+    ``apart`` as this.
+    """
+    classes, shape = 5, (1, 2, 4)
+    torch.manual_seed(3)
+    module = FirstLayer(8, classes, momentum)
+    model = FlatModel(module, find_last_layer(module, shape, classes), torch.device("cpu"))
+    prototypes = torch.randn(classes, *shape) * apart
+    labels = np.repeat(np.arange(classes), per_class)
+    auxiliary = AuxiliarySamples(prototypes[torch.from_numpy(labels)], labels)
+    adversary = GlobalModel(model, auxiliary, shape, local_steps=steps)
+    state = model.state.numpy().copy()
+    state[model.layout.parameters :] += sent
+    adversary.enter(state, 0, (0, 0))
+    return adversary
+
+
+def observe_training(model, labels, per_class=3):
+    """Return what clients of `first_layer` with labels [N, E, B] share, by real training."""
+    layout = model.layout
+    updates = np.stack([model.local_update(batches * per_class) for batches in labels])
+    weight = np.stack([layout.weight_gradient(update) for update in updates])
+    bias = [layout.bias_gradient(update) for update in updates]
+    return Observations(
+        row_sums=weight.sum(axis=2),
+        bias_gradient=np.stack([part for part in bias if part is not None]),
+        weight_gradient=weight,
+        labels=np.full(len(labels), labels[0].size),
+        keys=np.arange(len(labels)),
+        local_steps=labels.shape[1],
+        statistics=updates[:, layout.parameters :],
+        update=updates,
+    )

@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from global_models import Federation, infer, perceptron
 from numpy.typing import NDArray
 from small_run import plan_of, setups_for
 from torch import nn
@@ -446,3 +448,87 @@ def test_a_white_box_differentiates_its_gradient(setup: ScenarioSetup) -> None:
     assert gradient.shape == (box.parameters,)
     (second,) = torch.autograd.grad(gradient.square().sum(), [inputs])
     assert second.abs().max() > 0
+
+
+# BatchNorm after a linear layer, which has single values to normalise
+
+
+def with_norms(repeats: int = 1) -> GlobalModel:
+    """Return a model with one auxiliary sample of each class, or with copies of it."""
+    dataset, module = load("digits", None), perceptron(norm=True)
+    own = np.array([np.flatnonzero(dataset.labels == c)[0] for c in range(CLASSES)])
+    own = np.repeat(own, repeats)
+    model = FlatModel(module, find_last_layer(module, dataset.shape, CLASSES), torch.device("cpu"))
+    inputs = Samples(dataset, torch.device("cpu")).inputs(own)
+    holder = GlobalModel(model, AuxiliarySamples(inputs, dataset.labels[own]), dataset.shape)
+    holder.enter(model.state.numpy().copy(), 0, (0, 0))
+    return holder
+
+
+def of_single_samples(model: GlobalModel, repeats: int = 1) -> dict[str, NDArray[np.floating]]:
+    """Return what a model says of each of its samples, or of each with its copies."""
+    batches = np.arange(CLASSES * repeats).reshape(CLASSES, 1, repeats)
+    outputs, seen = model.on_auxiliary(), model.simulate(batches)
+    updates = np.stack([model.local_update(batch) for batch in batches])
+    normalised = [model.normalised(row, repeats) for row in seen.statistics]
+    return {
+        "posterior": outputs.posterior[::repeats],
+        "features": outputs.features[::repeats],
+        "weight": seen.weight_gradient,
+        "bias": seen.bias_gradient,
+        "statistics": seen.statistics,
+        "updates": updates,
+        "logits": model.logit_gradients(),
+        "moments": np.stack([found.moments[::repeats] for found in normalised]),
+    }
+
+
+def test_a_batch_of_one_with_norms_is_that_sample_twice() -> None:
+    once, twice = of_single_samples(with_norms()), of_single_samples(with_norms(2), 2)
+    for name, values in once.items():
+        assert np.isfinite(values).all(), name
+        scale = np.abs(twice[name]).max()
+        assert scale > 0, name
+        np.testing.assert_allclose(values, twice[name], atol=1e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_mixed_batches_of_few_samples_with_norms(batch_size: int) -> None:
+    outputs = with_norms().on_auxiliary(batch_size)
+    assert outputs.posterior.shape == (CLASSES, CLASSES)
+    assert np.isfinite(outputs.features).all()
+    # The first two samples at least share a batch: they are not what they are alone.
+    assert not np.allclose(outputs.features, with_norms().on_auxiliary().features)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "ones", "random", "normal"])
+def test_one_dummy_input_with_norms(kind: str) -> None:
+    outputs = with_norms().on_dummy(kind, 1)
+    assert outputs.posterior.shape == (1, CLASSES)
+    assert np.isfinite(outputs.features).all()
+    np.testing.assert_allclose(outputs.posterior.sum(), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("batchnorm", {"batches": 20}),
+        ("batchnorm_joint", {"batches": 20}),
+        ("ldia", {"shadows": 20, "epochs": 1}),
+        ("posterior_regression", {"forward_batches": 20, "steps": 5}),
+    ],
+)
+@pytest.mark.parametrize("believed", [1, 4])
+def test_batches_of_one_in_truth_or_as_believed(
+    name: str, knobs: dict[str, int], believed: int
+) -> None:
+    # The clients have the other.
+    federation = Federation(perceptron(norm=True), per_class=1, batch_size=5 - believed)
+    observations, _ = federation.draw(2)
+    federation.batch_size = believed
+    observations = replace(observations, labels=np.full(2, believed))
+    attack = make_attack(name, knobs)
+    calibration = federation.calibrate(attack, observations)
+    for array, values in calibration.items():
+        assert np.isfinite(values).all(), array
+    infer(attack, observations, calibration)

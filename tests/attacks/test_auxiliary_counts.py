@@ -92,6 +92,19 @@ def test_mean_and_pos_neg_are_not_exact_where_classes_differ():
     assert np.mean(success["pos_neg"]) < 0.98
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_batch_that_the_model_is_sure_of_is_taken_for_an_even_one(name):
+    """The auxiliary samples are not classified as surely: their posteriors are not the batch's."""
+    posterior = np.full((5, 5), 0.1) + 0.5 * np.eye(5)
+    adversary = server(outputs_of(posterior))
+    labels = np.full(10, 2)
+    like_them = observe(*gradient(posterior[labels], np.ones((10, 2)), labels), 10)
+    sure = observe(*gradient(np.eye(5)[labels], np.ones((10, 2)), labels), 10)
+    assert attack_once(name, adversary, sure).tolist() == [[2] * 5]
+    if name != "aux_mean":
+        assert attack_once(name, adversary, like_them).tolist() == [[0, 0, 10, 0, 0]]
+
+
 # Scale-free
 
 
@@ -116,6 +129,16 @@ def test_scale_free_is_exact_at_any_scale_where_a_class_is_absent(seed, factor):
     scaled = observe(observed.weight_gradient, observed.bias_gradient * factor, observed.labels)
     found = attack_once("scale_free", server(outputs_of(same)), scaled)
     assert found[0].tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])
+def test_scale_free_takes_the_scarcest_class_for_absent(factor):
+    adversary = server(constant_outputs(np.full(5, 0.2), np.ones(2)))
+    for counts in ([5, 3, 2, 2, 0], [4, 3, 2, 2, 1]):
+        bias = 0.2 - np.array(counts) / 12
+        found = attack_once("scale_free", adversary, observe(np.zeros((5, 2)), bias * factor, 12))
+        # Right for the first alone: the second gradient is the same but for its scale.
+        assert found.tolist() == [[5, 3, 2, 2, 0]]
 
 
 def test_clipping_defeats_aux_mean_and_not_scale_free():

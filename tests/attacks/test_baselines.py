@@ -55,6 +55,16 @@ def test_prior_has_the_shares_of_the_auxiliary_labels():
     assert counts.tolist() == [[1, 3, 0, 4, 0], [2, 6, 0, 8, 0], [0, 1, 0, 2, 0]]
 
 
+def test_prior_is_worse_than_uniform_where_labels_are_skewed_otherwise():
+    adversary = auxiliary([0] * 16 + [1, 2, 3, 4], 5)
+    truth = np.array([[0, 2, 10, 4, 4], [2, 0, 0, 18, 0]])
+    observed = observe(np.zeros((2, 5, 2)), None, 20)
+    found = attack_once("prior", adversary, observed)
+    assert found.tolist() == [[16, 1, 1, 1, 1]] * 2
+    assert asr(truth, found).tolist() == [4 / 20, 3 / 20]
+    assert asr(truth, guess("uniform", 0, 2, 5, 20)).tolist() == [14 / 20, 6 / 20]
+
+
 @given(batches(lowest=-1.0))
 def test_oracle_is_exact_for_every_batch(batch):
     posterior, _, labels = batch

@@ -75,6 +75,15 @@ def test_unbalanced_labels_look_like_few():
     assert estimate_labels(weight, bias, 1).tolist() == [9]
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 1e-3])
+def test_a_gradient_without_spread_is_of_1024_labels(scale):
+    rng = np.random.default_rng(5)
+    weight = rng.normal(size=(3, 10, 20)).astype(np.float32)  # of full rank
+    bias = np.tile(np.float32(scale) * np.eye(10, dtype=np.float32)[0], (3, 1))
+    assert estimate_labels(weight, bias, 1).tolist() == [1024] * 3
+    assert estimate_labels(weight, bias, 4).tolist() == [1024] * 3
+
+
 def test_row_sums_stand_in_for_a_bias():
     rng = np.random.default_rng(4)
     labels, classes = 20, 30

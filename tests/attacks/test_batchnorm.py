@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from closed_form import first_layer, observe_training
 from hypothesis import given, strategies
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -65,55 +66,7 @@ def answer(
     return counts
 
 
-# Layers whose statistics are the label shares themselves
-
-
-class FirstLayer(nn.Module):
-    """Normalises its inputs, so that the batch means are those of the samples."""
-
-    def __init__(self, features: int, classes: int, momentum: float | None) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(features, momentum=momentum)
-        self.classifier = nn.Linear(features, classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.classifier(self.norm(x.flatten(1)))
-        return logits
-
-
-def first_layer(
-    *, momentum: float | None = 0.1, steps: int = 1, sent: float = 0.0, per_class: int = 3
-) -> GlobalModel:
-    """Return a model of inputs that are the same for all samples of a class."""
-    classes, shape = 5, (1, 2, 4)
-    torch.manual_seed(3)
-    model = flat(FirstLayer(8, classes, momentum), shape, classes)
-    prototypes = torch.randn(classes, *shape)
-    labels = np.repeat(np.arange(classes), per_class)
-    auxiliary = AuxiliarySamples(prototypes[torch.from_numpy(labels)], labels)
-    adversary = GlobalModel(model, auxiliary, shape, local_steps=steps)
-    state = model.state.numpy().copy()
-    state[model.layout.parameters :] += sent
-    adversary.enter(state, 0, (0, 0))
-    return adversary
-
-
-def observe(model: GlobalModel, labels: NDArray[np.int64], per_class: int = 3) -> Observations:
-    """Return what clients with the given labels [N, E, B] share, by real training."""
-    layout = model.layout
-    updates = np.stack([model.local_update(batches * per_class) for batches in labels])
-    weight = np.stack([layout.weight_gradient(update) for update in updates])
-    bias = [layout.bias_gradient(update) for update in updates]
-    return Observations(
-        row_sums=weight.sum(axis=2),
-        bias_gradient=np.stack([part for part in bias if part is not None]),
-        weight_gradient=weight,
-        labels=np.full(len(labels), labels[0].size),
-        keys=np.arange(len(labels)),
-        local_steps=labels.shape[1],
-        statistics=updates[:, layout.parameters :],
-        update=updates,
-    )
+# Layers whose statistics are the label shares themselves: `first_layer`
 
 
 def counts_of(labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
@@ -125,7 +78,7 @@ def counts_of(labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
 def test_exact_where_batch_means_are_mixtures_of_class_means(name: str, batch_size: int) -> None:
     model = first_layer()
     labels = np.random.default_rng(0).integers(5, size=(20, 1, batch_size))
-    counts = answer(name, model, observe(model, labels), batch_size)
+    counts = answer(name, model, observe_training(model, labels), batch_size)
     np.testing.assert_array_equal(counts, counts_of(labels, 5))
 
 
@@ -133,14 +86,14 @@ def test_exact_where_batch_means_are_mixtures_of_class_means(name: str, batch_si
 def test_exact_for_every_momentum(momentum: float | None) -> None:
     model = first_layer(momentum=momentum)
     labels = np.random.default_rng(0).integers(5, size=(20, 1, 8))
-    counts = answer("batchnorm", model, observe(model, labels), 8)
+    counts = answer("batchnorm", model, observe_training(model, labels), 8)
     np.testing.assert_array_equal(counts, counts_of(labels, 5))
 
 
 def test_exact_for_several_steps_on_the_same_labels() -> None:
     model = first_layer(steps=3)
     labels = np.repeat(np.random.default_rng(0).integers(5, size=(20, 1, 8)), 3, axis=1)
-    counts = answer("batchnorm", model, observe(model, labels), 8, batches=100)
+    counts = answer("batchnorm", model, observe_training(model, labels), 8, batches=100)
     np.testing.assert_array_equal(counts, counts_of(labels, 5))
 
 
@@ -148,7 +101,7 @@ def test_unlike_steps_are_told_with_errors() -> None:
     # The running average weighs late steps more.
     model = first_layer(steps=8)
     labels = np.random.default_rng(0).integers(5, size=(20, 8, 8))
-    counts = answer("batchnorm", model, observe(model, labels), 8, batches=100)
+    counts = answer("batchnorm", model, observe_training(model, labels), 8, batches=100)
     assert 0.9 < success(counts_of(labels, 5), counts) < 1
 
 
@@ -160,9 +113,14 @@ def test_what_the_server_sent_is_taken_out(steps: int) -> None:
         model = first_layer(steps=steps, sent=sent)
         attack = make_attack("batchnorm", {"batches": 100})
         calibration = attack.calibrate(adversary_of(attack, model, 6))
-        seen = observe(model, labels)
+        seen = observe_training(model, labels)
         scores.append(attack.infer(seen, calibration).scores)
-    assert np.abs(seen.statistics - observe(first_layer(steps=steps), labels).statistics).min() > 1
+    assert (
+        np.abs(
+            seen.statistics - observe_training(first_layer(steps=steps), labels).statistics
+        ).min()
+        > 1
+    )
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-3)
 
 
@@ -175,7 +133,7 @@ def test_running_average_of_a_real_module_is_affine_in_the_batches(steps: int) -
     inputs = model._auxiliary.inputs.flatten(1).numpy()
     means = inputs[labels[0] * 3].mean(axis=1)
     left = 0.9**steps
-    undone = (observe(model, labels).statistics[0, :8] - left * old) / (1 - left)
+    undone = (observe_training(model, labels).statistics[0, :8] - left * old) / (1 - left)
     weights = 0.1 * 0.9 ** np.arange(steps)[::-1] / (1 - left)
     np.testing.assert_allclose(undone, weights @ means, atol=1e-5)
 
@@ -183,10 +141,35 @@ def test_running_average_of_a_real_module_is_affine_in_the_batches(steps: int) -
 def test_statistics_that_were_not_shared_say_nothing() -> None:
     model = first_layer()
     labels = np.random.default_rng(0).integers(5, size=(6, 1, 8))
-    observed = observe(model, labels)
+    observed = observe_training(model, labels)
     sent = np.tile(model.statistics_sent(), (6, 1))
     counts = answer("batchnorm", model, replace(observed, statistics=sent), 8)
     assert len(np.unique(counts, axis=0)) == 1
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_an_update_has_the_answer_of_its_own_calibration(name: str) -> None:
+    labels = np.random.default_rng(0).integers(5, size=(4, 1, 8))
+    attack = make_attack(name, {"batches": 60})
+    seen, given = [], []
+    for sent in (0.0, 2.5):
+        model = first_layer(sent=sent)
+        seen.append(observe_training(model, labels).restricted(attack))
+        given.append(attack.calibrate(adversary_of(attack, model, 8)))
+    alone = [attack.infer(*pair) for pair in zip(seen, given, strict=True)]
+    swapped = attack.infer(seen[1], given[0])
+    assert np.abs(swapped.scores - alone[1].scores).max() > 1
+    # Updates of both models in turns, and a calibration for each.
+    turns = np.array([0, 1, 1, 0])
+    mixed = {
+        part: np.stack([vars(seen[turn])[part][row] for row, turn in enumerate(turns)])
+        for part in ("row_sums", "bias_gradient", "statistics")
+        if getattr(seen[0], part) is not None
+    }
+    each = {key: np.concatenate([given[turn][key] for turn in turns]) for key in given[0]}
+    found = attack.infer(replace(seen[0], **mixed), each)
+    expected = np.stack([alone[turn].scores[row] for row, turn in enumerate(turns)])
+    np.testing.assert_allclose(found.scores, expected, atol=1e-9)
 
 
 # A trained model on real data

@@ -1,10 +1,12 @@
 """Conditioned statistics: what a batch leaves is the mean over its samples, to the last digit."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from closed_form import first_layer, observe_training
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import nn
@@ -98,8 +100,8 @@ def skewed(clients: int, steps: int, batch_size: int) -> Labels:
     return labels
 
 
-def counts_of(labels: Labels) -> Labels:
-    return np.stack([np.bincount(row.ravel(), minlength=10) for row in labels])
+def counts_of(labels: Labels, classes: int = 10) -> Labels:
+    return np.stack([np.bincount(row.ravel(), minlength=classes) for row in labels])
 
 
 def success(truth: Labels, counts: Labels) -> float:
@@ -111,7 +113,7 @@ def answer(name: str, model: GlobalModel, seen: Observations, batch_size: int) -
     adversary = RestrictedAdversary(model, attack.knowledge, batch_size, 0)
     shown = seen.restricted(attack)
     calibration = {**attack.calibrate(adversary), **attack.calibrate_updates(adversary, shown)}
-    lengths = {"class": 10, "client": len(seen.row_sums)}
+    lengths = {"class": model.classes, "client": len(seen.row_sums)}
     check_calibration(name, attack, calibration, lengths)
     inferred = attack.infer(shown, calibration)
     check_answer(name, attack, inferred, seen)
@@ -240,6 +242,47 @@ def test_noisy_variances_below_zero_are_taken_for_zero(trained: Federation) -> N
     found = adversary.normalised(np.full_like(seen.statistics[0], -3))
     assert np.isfinite(found.outputs.posterior).all()
     assert np.isfinite(found.moments).all()
+
+
+# Where batch means are mixtures of class prototypes
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("batch_size", [1, 9, 32])
+def test_exact_where_all_samples_of_a_class_are_alike(name: str, batch_size: int) -> None:
+    model = first_layer()
+    labels = np.random.default_rng(0).integers(5, size=(20, 1, batch_size))
+    counts = answer(name, model, observe_training(model, labels), batch_size)
+    np.testing.assert_array_equal(counts, counts_of(labels, 5))
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_one_sample_of_each_class_tells_most(name: str) -> None:
+    # What scatters within classes is unknown then, and taken for as much as between them.
+    model = first_layer(per_class=1)
+    labels = np.random.default_rng(0).integers(5, size=(40, 1, 4))
+    truth, seen = counts_of(labels, 5), observe_training(model, labels, per_class=1)
+    uniform = success(truth, largest_remainder(np.ones(truth.shape), seen.labels))
+    assert success(truth, answer(name, model, seen, 4)) > uniform + 0.2
+
+
+def test_statistics_that_were_not_shared_say_nothing() -> None:
+    model = first_layer()
+    labels = np.random.default_rng(0).integers(5, size=(20, 1, 8))
+    seen = observe_training(model, labels)
+    sent = replace(seen, statistics=np.tile(model.statistics_sent(), (20, 1)))
+    counts = answer("batchnorm_conditioned", model, sent, 8)
+    assert len(np.unique(counts, axis=0)) == 1
+    truth = counts_of(labels, 5)
+    shared = answer("batchnorm_conditioned", model, seen, 8)
+    assert success(truth, counts) < success(truth, shared) - 0.2
+
+
+def test_classes_that_leave_the_same_statistics_are_not_told_apart() -> None:
+    model = first_layer(apart=0.0)
+    labels = np.full((3, 1, 10), 4)
+    counts = answer("batchnorm_conditioned", model, observe_training(model, labels), 10)
+    np.testing.assert_array_equal(counts, 2)
 
 
 # Success

@@ -121,6 +121,47 @@ def test_llbg_plus_with_a_model_that_is_sure_of_a_class():
     assert counts.sum() == 25
 
 
+@given(SEEDS, st.integers(3, 9), st.integers(1, 40))
+def test_llbg_plus_is_exact_where_samples_have_the_confidence_of_the_auxiliary_ones(
+    seed, classes, samples
+):
+    """What a sample is not of its class, the model takes for class 0, which is absent."""
+    rng = np.random.default_rng(seed)
+    confidence = np.append(1.0, rng.uniform(0, 0.9, classes - 1))
+    posterior = np.diag(confidence)
+    posterior[:, 0] = np.where(np.arange(classes) == 0, 1.0, 1 - confidence)
+    own = np.repeat(np.arange(classes), 2)
+    adversary = server(Outputs(posterior[own], np.ones((len(own), 2)), own))
+    labels = rng.integers(1, classes, size=samples)
+    observed = observe(*gradient(posterior[labels], rng.normal(size=(samples, 2)), labels), samples)
+    found = attack_once("llbg_plus", adversary, observed)
+    assert found[0].tolist() == np.bincount(labels, minlength=classes).tolist()
+
+
+def test_one_step_for_all_classes_is_not_exact_where_confidences_differ():
+    posterior = np.array([[1.0, 0, 0], [0.9, 0.1, 0], [0.1, 0, 0.9]])
+    labels = np.repeat([1, 2], [4, 12])
+    observed = observe(*gradient(posterior[labels], np.ones((16, 2)), labels), 16)
+    own = np.arange(3)
+    adversary = server(Outputs(posterior, np.ones((3, 2)), own))
+    assert attack_once("llbg_plus", adversary, observed).tolist() == [[0, 4, 12]]
+    for name in ("ebi", "llbg"):
+        assert np.abs(attack_once(name, None, observed)[0] - [0, 4, 12]).max() >= 4
+
+
+@pytest.mark.parametrize("name", ["ebi", "llbg", "llbg_plus"])
+def test_a_class_that_the_model_expects_has_no_negative_entry_and_is_missed(name):
+    posterior, labels = np.array([0.9, 0.05, 0.05]), np.repeat([0, 1], 5)
+    observed = observe(*gradient(np.tile(posterior, (10, 1)), np.ones((10, 2)), labels), 10)
+    assert observed.bias_gradient[0, 0] == pytest.approx(0.4)
+    adversary = server(constant_outputs(posterior, np.ones(2)))
+    found = attack_once(name, adversary, observed)
+    assert found[0, 0] == 0
+    assert asr(np.array([[5, 5, 0]]), found) <= 0.5
+    # It is the model behind the decoding that fails: the bias tells all.
+    assert attack_once("aux_mean", adversary, observed).tolist() == [[5, 5, 0]]
+
+
 @pytest.mark.parametrize("confidence", [-0.1, 1.0, "high"])
 def test_confidence_is_a_share(confidence):
     with pytest.raises(UserError, match="option 'confidence'"):

@@ -123,6 +123,17 @@ def test_missing_classes_get_no_label(local_steps):
     assert success(inferred.counts[known], truth[known]) > 0.85
 
 
+def test_labels_of_a_class_without_auxiliary_samples_go_to_others():
+    federation = Federation(perceptron(), missing=[7])
+    for labels, most in ([7] * 8, 0.0), ([3] * 4 + [7] * 4, 0.5):
+        observations, truth = federation.clients(np.tile(labels, (6, 1, 1)))
+        inferred = federation.run(ClassBasis(), observations)
+        assert success(inferred.counts, truth) <= most
+    informed = Federation(perceptron())
+    observations, truth = informed.clients(np.full((6, 1, 8), 7))
+    assert success(informed.run(ClassBasis(), observations).counts, truth) > 0.9
+
+
 def test_batches_are_drawn_by_the_seed():
     federation = Federation(perceptron(), local_steps=3)
     attack = ClassBasis()

@@ -30,6 +30,32 @@ def test_labels_of_pairs():
     assert success(inferred.counts, truth) >= 0.9
 
 
+@pytest.mark.parametrize("frozen", ["1.weight", "1.bias"])
+def test_labels_where_a_parameter_is_frozen(frozen):
+    module = perceptron()
+    module.get_parameter(frozen).requires_grad_(requires_grad=False)
+    federation = Federation(module, batch_size=1)
+    observations, truth = federation.clients(np.arange(CLASSES)[:, None, None])
+    inferred = federation.run(DLG(iterations=20), observations)
+    np.testing.assert_array_equal(inferred.counts, truth)
+
+
+def test_single_samples_with_norms():
+    federation = Federation(perceptron(norm=True), batch_size=1)
+    observations, truth = federation.clients(np.arange(4)[:, None, None])
+    inferred = federation.run(DLG(iterations=5), observations)
+    np.testing.assert_array_equal(inferred.counts, truth)
+
+
+def test_samples_that_the_model_is_sure_of_are_not_found():
+    found = {}
+    for training in (0, 1500):
+        federation = Federation(perceptron(nn.ReLU), training=training, batch_size=8)
+        observations, truth = federation.draw(5)
+        found[training] = success(federation.run(DLG(iterations=3), observations).counts, truth)
+    assert found[1500] < found[0] - 0.3
+
+
 def test_scores_are_the_soft_labels_sums(single):
     observations, _ = single.draw(3)
     inferred = single.run(QUICK, observations)

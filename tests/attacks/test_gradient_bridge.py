@@ -36,6 +36,18 @@ def test_residual_is_the_heads_bias_gradient_where_all_samples_share_a_jacobian(
     np.testing.assert_allclose(residual, observations.bias_gradient, atol=1e-5)
 
 
+@pytest.mark.parametrize("attack", BOTH, ids=str)
+def test_counts_are_exact_where_all_samples_also_share_a_posterior(attack):
+    module = linear_shift(16)
+    with torch.no_grad():  # features are the bias that is trained, whatever the input
+        module[1].weight.zero_()
+    federation = Federation(module)
+    observations, truth = federation.draw(20)
+    inferred = federation.run(attack, observations)
+    np.testing.assert_array_equal(inferred.counts, truth)
+    np.testing.assert_allclose(inferred.scores, truth, atol=1e-3)
+
+
 def test_fewer_features_than_classes_do_not_determine_it():
     federation = Federation(linear_shift(6))
     observations, _ = federation.draw(6)

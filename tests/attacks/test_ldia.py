@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from closed_form import constant_outputs, server
 from global_models import CLASSES, Federation, infer, perceptron
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from testbed.attacks.ldia import LDIA, _backward, _train
+from testbed.attacks.simulation import simulate_head
 
 SMALL = LDIA(shadows=60, features=2, hidden=16, epochs=3)
 
@@ -48,6 +50,37 @@ def test_missing_classes_get_little():
     observations, _ = federation.draw(20)
     shares = federation.run(LDIA(), observations).shares
     assert shares[:, [3, 9]].mean() < 0.02
+
+
+def test_labels_of_missing_classes_go_to_others():
+    federation = Federation(perceptron(nn.ReLU), missing=[3, 9])
+    observations, truth = federation.clients(np.full((10, 1, 8), 3))
+    shares = federation.run(LDIA(), observations).shares
+    assert distance(shares, truth) > 0.9
+
+
+def test_close_where_samples_of_a_class_are_alike():
+    """An untrained model, as closed forms have it: one posterior and one feature vector."""
+    rng = np.random.default_rng(0)
+    outputs = constant_outputs(rng.dirichlet(np.full(5, 5.0)), rng.uniform(0.1, 1, size=6))
+    adversary = server(
+        outputs, 16, simulate=lambda chosen: simulate_head(outputs, None, chosen, 0.1)
+    )
+    labels = np.array([rng.choice(rng.choice(5, 3, replace=False), 16) for _ in range(30)])
+    truth = np.eye(5)[labels].sum(axis=1)
+    shares = infer(LDIA(), adversary.simulate(3 * labels[:, None]), LDIA().calibrate(adversary))
+    even = distance(np.full(truth.shape, 0.2), truth)
+    assert distance(shares.shares, truth) < 0.3 * even
+    assert np.abs(shares.shares - truth / 16).max() < 0.25
+
+
+@pytest.mark.parametrize("features", [2, 16])
+def test_directions_beyond_the_auxiliary_samples_do_no_harm(features):
+    # Ten samples of 24 features.
+    federation = Federation(perceptron(nn.ReLU), per_class=1)
+    observations, truth = federation.draw(30)
+    shares = federation.run(LDIA(features=features), observations).shares
+    assert distance(shares, truth) < 0.75 * distance(np.full(truth.shape, 1 / CLASSES), truth)
 
 
 def test_inference_is_the_network_it_declares(federation):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from closed_form import server
 from definition import decode_by_loop, decode_released_by_loop, has_near_tie
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -120,6 +121,29 @@ class FixedAdversary:
         labels = np.repeat(np.arange(self.classes), 3)
         outputs = self.on_dummy("", len(labels))
         return Outputs(outputs.posterior, outputs.features, labels)
+
+
+@pytest.mark.parametrize("name", ["llg_star", "llg_plus"])
+def test_features_of_either_sign_break_what_is_exact_without_signs(name):
+    """Samples with one posterior, and tanh features that differ in their sign alone."""
+    rng = np.random.default_rng(0)
+    posterior, features = rng.dirichlet(np.full(6, 3.0)), np.abs(np.tanh(rng.normal(size=5)))
+    success = {}
+    for case, signs in {"non-negative": np.ones(3), "either": np.array([1, 1, -1])}.items():
+        own = np.tile(signs, 6)[:, None] * features
+        adversary = server(
+            Outputs(np.tile(posterior, (18, 1)), own, np.repeat(np.arange(6), 3)), 12
+        )
+        attack, found = make_attack(name, {}), []
+        for _ in range(40):
+            labels = rng.integers(6, size=12)
+            batch = rng.choice(signs, size=(12, 1)) * features
+            weight, _ = last_layer_gradient(np.tile(posterior, (12, 1)), batch, labels)
+            inferred = attack.infer(observe(weight.sum(axis=1), 12), attack.calibrate(adversary))
+            found.append(asr(np.bincount(labels, minlength=6), inferred.counts[0]))
+        success[case] = np.mean(found)
+    assert success["non-negative"] == 1
+    assert success["either"] < 0.75
 
 
 # Calibration

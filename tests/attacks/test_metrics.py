@@ -200,6 +200,25 @@ def test_expected_uniform_is_the_mean_over_every_even_spread(classes, total):
         assert metrics.expected_uniform_asr(truth) == pytest.approx(every.mean())
 
 
+@pytest.mark.parametrize(("true", "guessed"), [(4, 2), (2, 4), (3, 3), (5, 1), (1, 6)])
+@pytest.mark.parametrize("metric", ["asr", "presence_f1"])
+def test_a_guess_knows_no_more_of_the_size_than_the_attacks(metric, true, guessed):
+    classes = 3
+    drawn = [np.bincount(g, minlength=classes) for g in itertools.product(range(3), repeat=guessed)]
+    base, rest = divmod(guessed, classes)
+    spread = [
+        np.full(classes, base) + np.isin(range(classes), extra)
+        for extra in itertools.combinations(range(classes), rest)
+    ]
+    expected = metrics.GUESSES[metric]
+    for labels in itertools.combinations_with_replacement(range(classes), true):
+        truth = np.bincount(labels, minlength=classes)
+        for name, guesses in (("random", drawn), ("uniform", spread)):
+            every = [metrics.METRICS[metric](truth, guess).item() for guess in guesses]
+            found = expected[name](truth, np.array(guessed))
+            assert found == pytest.approx(np.mean(every)), name
+
+
 def test_random_baselines_of_the_paper():
     # Balanced MNIST batches; measured with the reference implementation (standard error .01).
     generator = np.random.default_rng(0)

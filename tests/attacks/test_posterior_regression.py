@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from closed_form import gradient, observe, random_posterior, server
+from closed_form import constant_outputs, gradient, observe, random_posterior, server
 from global_models import CLASSES, Federation, infer, perceptron, success
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -180,6 +180,41 @@ def test_simulated_gradients_are_those_of_clients(trained):
     )
     spread = features.std(axis=(0, 1)) + 1e-6
     assert np.median(np.abs(features - again) / spread) < 1e-3
+
+
+@pytest.mark.parametrize("attack", BOTH, ids=lambda attack: attack.name)
+def test_exact_where_all_samples_have_one_posterior_and_one_feature(attack):
+    rng = np.random.default_rng(0)
+    outputs = constant_outputs(rng.dirichlet(np.full(5, 5.0)), rng.uniform(0.1, 1, size=6))
+    adversary = server(outputs, 8, momentum=no_norms)
+    labels = rng.integers(5, size=(30, 1, 8))
+    labels[::2, :, :4] = labels[::2, :, :1]
+    observed = simulate_head(outputs, None, 3 * labels, 0.1)
+    inferred = infer(attack, observed, attack.calibrate(adversary))
+    np.testing.assert_array_equal(inferred.counts, count_labels(labels, 5))
+
+
+@pytest.mark.parametrize("attack", BOTH, ids=lambda attack: attack.name)
+@pytest.mark.parametrize("confidence", [0.999, 1.0])
+def test_a_converged_model_leaves_the_mean_of_the_prior(attack, confidence):
+    labels = np.repeat(np.arange(5), 3)
+    posterior = confidence * np.eye(5)[labels] + (1 - confidence) / 5
+    outputs = Outputs(posterior, np.random.default_rng(0).uniform(size=(15, 4)), labels)
+    calibration = attack.calibrate(server(outputs, 10, momentum=no_norms))
+    # All ten labels are of one class, and no gradient tells.
+    observed = observe(np.zeros((1, 5, 4)), np.zeros((1, 5)), 10)
+    np.testing.assert_allclose(infer(attack, observed, calibration).scores, 2.0, atol=1e-3)
+
+
+def test_linear_estimate_does_not_know_a_class_without_auxiliary_samples():
+    found = []
+    for missing in ([], [7]):
+        federation = Federation(perceptron(), missing=missing)
+        observed, counts = federation.clients(np.full((10, 1, 8), 7))
+        inferred = federation.run(LinearPosteriorRegression(), observed)
+        found.append(success(inferred.counts, counts))
+    assert found[0] > 0.9
+    assert found[1] < 0.5
 
 
 @pytest.mark.parametrize("attack", BOTH, ids=lambda attack: attack.name)

@@ -20,6 +20,17 @@ def test_idlg_is_exact_for_one_sample(batch):
     assert counts[0].tolist() == np.eye(len(bias), dtype=int)[labels[0]].tolist()
 
 
+@pytest.mark.parametrize("name", ["idlg_presence", "gradinversion_presence"])
+@given(batches(samples=st.just(1)))
+def test_presence_is_exact_for_one_sample(name, batch):
+    posterior, features, labels = batch
+    assume(features.sum() > 1e-3)
+    assume(posterior[0, labels[0]] < 1 - 1e-3)
+    weight, bias = gradient(*batch)
+    found = attack_once(name, None, observe(weight, bias, 1))
+    assert found[0].tolist() == (np.arange(len(bias)) == labels[0]).tolist()
+
+
 def test_idlg_gives_all_labels_to_one_class():
     weight = np.array([[[1.0, 2], [-3, 1], [-1, -1]], [[0, 0], [1, 1], [-1, 0]]])
     assert attack_once("idlg", None, observe(weight, None, [4, 1])).tolist() == [
@@ -84,6 +95,26 @@ def test_gradinversion_is_exact_where_samples_share_no_feature_and_no_label(seed
     truth = np.bincount(batch[2], minlength=len(bias))
     observed = observe(weight, bias, len(batch[2]))
     assert attack_once("gradinversion", None, observed)[0].tolist() == truth.tolist()
+
+
+@given(SEEDS)
+def test_gradinversion_finds_repeated_labels_once(seed):
+    batch = private_features(seed, distinct=False)
+    weight, bias = gradient(*batch)
+    truth = np.bincount(batch[2], minlength=len(bias))
+    found = attack_once("gradinversion", None, observe(weight, bias, truth.sum()))
+    assert found.max() == 1
+    # At most, whatever the features; here it is reached.
+    assert asr(truth, found[0]) == pytest.approx((truth > 0).sum() / truth.sum())
+
+
+def test_three_of_four_labels_alike_are_two_that_gradinversion_cannot_find():
+    rng = np.random.default_rng(0)
+    labels, features = np.array([2, 2, 2, 0]), np.diag([0.5, 0.7, 0.9, 1.0])
+    observed = observe(*gradient(random_posterior(rng, 4, 6), features, labels), 4)
+    found = attack_once("gradinversion", None, observed)[0]
+    assert found[[0, 2]].tolist() == [1, 1]
+    assert asr(np.array([1, 0, 3, 0, 0, 0]), found) == 0.5
 
 
 @given(SEEDS)

@@ -111,6 +111,21 @@ def test_one_step_is_exact_for_a_posterior_that_does_not_depend_on_the_input(nam
     np.testing.assert_array_equal(counts[0], np.bincount(labels, minlength=classes))
 
 
+@pytest.mark.parametrize("name", ["rlu", "rlu_path"])
+def test_logits_of_wrong_classes_hide_the_classes_that_the_model_knows(name):
+    """Every class has the same logits where it is wrong, and other ones where it is right."""
+    posterior = np.full((5, 5), 0.025) + 0.875 * np.eye(5)
+    own = np.repeat(np.arange(5), 3)
+    owner = Owner(np.log(posterior)[own], own, np.eye(5), np.zeros(5))
+    np.testing.assert_allclose(wrong_logits(owner), np.log(0.025))
+    labels = np.repeat([0, 1], [6, 4])
+    update = gradient(posterior[labels], np.log(posterior)[labels], labels)
+    observed = observe(*update, 10, update=np.zeros(3))
+    assert attack_once(name, owner, observed).tolist() == [[2] * 5]
+    # Who asks each class's own samples too is told.
+    assert attack_once("aux_ls", owner, observed).tolist() == [[6, 4, 0, 0, 0]]
+
+
 def estimate(posterior, bias, labels):
     raised = [max(p - b, 0.0) for p, b in zip(posterior, bias, strict=True)]
     return np.array([labels * value / sum(raised) for value in raised])

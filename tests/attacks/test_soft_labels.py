@@ -8,6 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from testbed.attacks import Assumption, Knowledge, attacks, make_attack
+from testbed.attacks.assumptions import Facts, broken_assumptions
 from testbed.attacks.checks import check_answer, check_calibration, check_declaration
 from testbed.attacks.simulation import softmax
 from testbed.data import load
@@ -68,6 +69,39 @@ def test_without_a_bias_it_is_found_nearly_always(prior, sharpness):
         errors.append(np.abs(found[0] - label).max())
     assert np.mean(np.array(errors) < 0.01) >= 0.95
     assert np.median(errors) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_of_two_samples_a_wrong_label_vector_is_found(name):
+    rng = np.random.default_rng(0)
+    errors = {1: [], 2: []}
+    for samples, found in errors.items():
+        for _ in range(40):
+            weight, bias = rng.normal(size=(10, 8)), rng.normal(size=10)
+            labels = np.eye(10)[rng.choice(10, samples, replace=False)]
+            updates = [one_sample(label, rng.normal(size=8), weight, bias) for label in labels]
+            mean = (sum(parts) / samples for parts in zip(*updates, strict=True))
+            shares = infer(name, observe(*mean, samples), weight, bias)
+            found.append(np.abs(shares[0] - labels.mean(axis=0)).max())
+    assert max(errors[1]) < 1e-3
+    assert np.median(errors[2]) > 0.1
+    facts = Facts(classes=10, features=8, bias=True, statistics=0, batch_size=2)
+    assert Assumption.ONE_LABEL.value in broken_assumptions(make_attack(name, {}), facts)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_without_a_bias_two_classes_are_too_few(prior):
+    """Of two entries none differs from the rest: a scale with equal ones fits perfectly."""
+    weight, bias = np.eye(2), np.zeros(2)
+    update = one_sample(np.array([1.0, 0.0]), np.array([1.0, 2.0]), weight, bias)
+    found = infer("soft_labels_no_bias", observe(*update, 1), weight, bias, prior=prior)
+    np.testing.assert_allclose(found, [[0.5, 0.5]], atol=1e-3)
+    np.testing.assert_allclose(
+        infer("soft_labels", observe(*update, 1), weight, bias), [[1, 0]], atol=1e-6
+    )
+    facts = Facts(classes=2, features=2, bias=False, statistics=0, batch_size=1)
+    attack = make_attack("soft_labels_no_bias", {"prior": prior})
+    assert broken_assumptions(attack, facts) == {"at least five classes": "2 classes"}
 
 
 def test_the_wrong_prior_finds_another_label():

@@ -5,8 +5,10 @@
 MNIST, 8 clients, batches of 8, one local step, no evaluation; the paper's CNN (13,426 parameters,
 54 KB per update), then an MLP of 11.1 million parameters (44 MB per update). `contenders` says what
 is compared: (a) a plain torch loop in one process, (b) a minimal mpi4py program, and the testbed,
-without attacks (round 0 is attacked, and does not count) and with four attacks on every update of
-every round. ``1+2`` is a root and two workers; ``1`` one process.
+without attacks (round 0 is attacked, and does not count), with four attacks on every update of
+every round, and with all attacks in closed form. ``1+2`` is a root and two workers; ``1`` one
+process. ``x none`` is the rate relative to the testbed's own without attacks: 1 where they hide
+behind the clients' work.
 
 The contenders take turns, repetition after repetition, so that a busy machine slows all of them;
 each run measures a window of rounds after a warm-up (`measure`). Rounds per second are best and
@@ -31,7 +33,16 @@ from measure import Result, cores, facts, run_contender
 
 from testbed.results.schema import PHASES
 
-ATTACKS = ("random", "llg", "llg_star", "llg_plus")
+ATTACKS = {
+    "": (),
+    "4 attacks": ("random", "llg", "llg_star", "llg_plus"),
+    # All that need no solver, no simulation and no optimisation, and apply to one local step.
+    "closed form": (
+        *("random", "uniform", "prior", "oracle", "llg", "llg_star", "llg_plus", "idlg"),
+        *("idlg_presence", "gradinversion", "gradinversion_presence", "ebi", "llbg", "llbg_plus"),
+        *("zlg", "zlg_plus", "aux_mean", "pos_neg", "scale_free", "ilrg", "rlu", "lmmse"),
+    ),
+}
 # Of the warm-up and of what counts.
 ROUNDS = {"cnn": (20, 200), "mlp": (2, 8)}
 QUICK_ROUNDS = {"cnn": (10, 60), "mlp": (1, 3)}
@@ -40,11 +51,11 @@ COLUMNS = (*(phase for phase in PHASES if phase != "evaluate"), "client_seconds"
 
 @dataclass(frozen=True)
 class Contender:
-    """A program, its number of workers (0: one process, no MPI), and whether it attacks."""
+    """A program, its number of workers (0: one process, no MPI), and which `ATTACKS` it runs."""
 
     program: str
     workers: int
-    attacks: bool = False
+    attacks: str = ""
 
     @property
     def ranks(self) -> int:
@@ -54,7 +65,7 @@ class Contender:
     def __str__(self) -> str:
         name = {"loop": "(a) torch loop", "minimal": "(b) mpi4py", "patient": "(b) patient"}
         ranks = f"1+{self.workers}" if self.workers else "1"
-        attacked = f", {len(ATTACKS)} attacks" if self.attacks else ""
+        attacked = f", {self.attacks}" if self.attacks else ""
         return f"{name.get(self.program, self.program)}, {ranks}{attacked}"
 
 
@@ -62,9 +73,7 @@ def contenders(workers: Sequence[int]) -> list[Contender]:
     """Return who is compared, for numbers of workers."""
     chosen = [Contender("loop", 0)]
     chosen += [Contender(name, n) for n in workers for name in ("minimal", "patient")]
-    return chosen + [
-        Contender("testbed", n, attacks) for n in (0, *workers) for attacks in (False, True)
-    ]
+    return chosen + [Contender("testbed", n, attacks) for n in (0, *workers) for attacks in ATTACKS]
 
 
 def compare(options: argparse.Namespace, model: str) -> dict[Contender, list[Result]]:
@@ -82,7 +91,7 @@ def compare(options: argparse.Namespace, model: str) -> dict[Contender, list[Res
                 "device": options.device,
                 "warmup": warmup,
                 "rounds": rounds,
-                "attacks": ATTACKS if contender.attacks else (),
+                "attacks": ATTACKS[contender.attacks],
             }
             found.append(run_contender(task, contender.ranks))
     if sys.stderr.isatty():
@@ -93,14 +102,16 @@ def compare(options: argparse.Namespace, model: str) -> dict[Contender, list[Res
 def report(model: str, results: dict[Contender, list[Result]]) -> str:
     """Return the tables of a model."""
     head = f"{'rounds/s: best':>14}{'median':>8}{'x loop':>8}{'x mpi':>7}"
-    head += f"{'CPU ms/round':>15}{'x loop':>8}{'x mpi':>7}{'MB (PSS)':>10}"
+    head += f"{'x none':>8}{'CPU ms/round':>15}{'x loop':>8}{'x mpi':>7}{'MB (PSS)':>10}"
     lines = [f"{model:<28}{head}"]
     for contender, found in results.items():
         loop = results[Contender("loop", 0)]
         mpi = results.get(Contender("minimal", contender.workers), [])
+        none = results[Contender("testbed", contender.workers)] if contender.attacks else []
         speed = [result.rounds_per_second for result in found]
         line = f"{contender!s:<28}{max(speed):>14.2f}{statistics.median(speed):>8.2f}"
         line += _ratio(found, loop, _speed, 8) + _ratio(found, mpi, _speed, 7)
+        line += _ratio(found, none, _speed, 8)
         line += f"{statistics.median(map(_cpu, found)):>15.1f}"
         line += _ratio(found, loop, _cpu, 8) + _ratio(found, mpi, _cpu, 7)
         lines.append(line + f"{statistics.median(result.pss_mb for result in found):>10.0f}")

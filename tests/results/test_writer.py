@@ -22,13 +22,18 @@ from testbed.errors import UserError
 from testbed.results import writer as writer_module
 from testbed.results.opening import open_file
 from testbed.results.provenance import provenance
-from testbed.results.schema import FILE_ENCODING, Calibrations, scenario_arrays, uncompressed_bytes
+from testbed.results.schema import (
+    FILE_ENCODING,
+    Calibrations,
+    chunk_shape,
+    scenario_arrays,
+    uncompressed_bytes,
+)
 from testbed.results.writer import (
     AttackHeader,
     RankHeader,
     ResultsWriter,
     ScenarioHeader,
-    _chunks,
     check_output,
     partial_path,
 )
@@ -547,6 +552,8 @@ def test_a_complete_file_has_its_name(tmp_path: Path) -> None:
 
 
 LONG = replace(HEADER, lengths={**LENGTHS, "round": 80})
+# Whole updates of 4 MB: five clients fill two chunks of three, and the axis counts too.
+WIDE = replace(HEADER, lengths={**LENGTHS, "round": 1, "client": 5, "parameter": 1_000_000})
 
 
 @pytest.mark.parametrize("commit_seconds", [0.0, 3600.0])
@@ -583,7 +590,7 @@ def test_a_compact_copy_is_the_same_file(
 
 
 @pytest.mark.parametrize(
-    "header", [LONG, replace(HEADER, lengths={**LENGTHS, "class": 100}), SMALL]
+    "header", [LONG, replace(HEADER, lengths={**LENGTHS, "class": 100}), SMALL, WIDE]
 )
 @pytest.mark.parametrize("commit_seconds", [0.0, 3600.0])
 def test_a_file_is_no_larger_than_check_says(
@@ -720,10 +727,10 @@ def test_xarray_opens_every_group_with_named_axes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        ((1000, 1, 10), (409, 1, 10)),  # many small rounds
+        ((1000, 1, 10), (334, 1, 10)),  # many small rounds, in equal parts
         ((5, 1, 10), (5, 1, 10)),  # never longer than the array
         ((1000,), (1000,)),
-        ((9000,), (4096,)),
+        ((9000,), (3000,)),
         ((50, 1000, 10), (1, 1000, 10)),  # a round of many clients
         ((50, 100_000, 100, 768), (1, 54, 100, 768)),  # 30 GB a round: some clients of it
     ],
@@ -731,7 +738,7 @@ def test_xarray_opens_every_group_with_named_axes(tmp_path: Path) -> None:
 def test_chunks_hold_many_small_rounds_or_some_clients_of_a_large_one(
     shape: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
-    assert _chunks(shape, 4) == expected
+    assert chunk_shape(shape, 4) == expected
 
 
 def test_no_room_for_a_compact_copy_costs_nothing_but_space(

@@ -1,0 +1,76 @@
+"""What is refused, or left out with a reason, before any rank computes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_run import plan_of, setups_for
+
+from testbed.attacks.assumptions import not_applicable
+from testbed.errors import UserError
+from testbed.server import scenario_facts
+
+LONE = "model.name='small_run:normalised'"
+
+
+@pytest.mark.parametrize("key", ["federation.batch_size", "pretraining.batch_size"])
+def test_a_batch_of_one_has_no_variance(key: str) -> None:
+    plan = plan_of(LONE, "pretraining.steps=1", f"{key}=1")
+    with pytest.raises(UserError, match=f"^{key}: .* expected at least 2$"):
+        setups_for([plan]).make(plan)
+
+
+@pytest.mark.parametrize("model", ["model.name=cnn_bn", "model.name=cnn"])
+def test_a_batch_of_one_image_with_many_values_is_taken(model: str) -> None:
+    plan = plan_of(model, "federation.batch_size=1")
+    setups_for([plan]).make(plan)
+
+
+def test_buffers_that_are_none_of_batchnorm_are_no_statistics() -> None:
+    plan = plan_of("model.name='small_run:Tabled'", "attacks=[batchnorm, batchnorm_joint]")
+    setup = setups_for([plan]).make(plan)
+    assert setup.layout.buffers == 12
+    facts = scenario_facts(plan, setup)
+    for attack in setup.attacks.values():
+        assert "no BatchNorm statistics" in not_applicable(attack, facts)
+    plan = plan_of(LONE, "attacks=[batchnorm]")
+    assert scenario_facts(plan, setups_for([plan]).make(plan)).statistics == 24
+
+
+def test_the_message_names_the_key_that_is_wrong(tmp_path: Path) -> None:
+    plan = plan_of("adversary.auxiliary_data=npz", f"adversary.auxiliary_root={tmp_path}/no.npz")
+    with pytest.raises(UserError, match=r"^adversary\.auxiliary_root: .* does not exist"):
+        setups_for([plan])
+
+
+def test_another_spelling_of_the_victims_file_is_no_other_data(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    np.savez(tmp_path / "a/x.npz", images=np.zeros((80, 1, 8, 8), np.uint8), labels=np.arange(80))
+    (tmp_path / "link.npz").symlink_to(tmp_path / "a/x.npz")
+    for other in ("a/../a/x.npz", "link.npz"):
+        with pytest.raises(UserError, match="auxiliary_data is the victims' data set"):
+            plan_of(
+                *("data.name=npz", f"data.root={tmp_path}/a/x.npz"),
+                *("adversary.auxiliary_data=npz", f"adversary.auxiliary_root={tmp_path}/{other}"),
+            )
+    with pytest.raises(UserError, match="reads no files: leave it out"):
+        plan_of("adversary.auxiliary_data=digits", f"adversary.auxiliary_root={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("pretraining.batch_size=16", "pretraining.batch_size is of no use without"),
+        ("pretraining.learning_rate=1", "pretraining.learning_rate is of no use without"),
+    ],
+)
+def test_training_without_steps_is_no_training(override: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        plan_of(override)
+    plan_of(override, "pretraining.steps=0")
+
+
+def test_noise_on_what_is_not_shared_is_refused() -> None:
+    noise = "federation.statistics_noise=1"
+    with pytest.raises(UserError, match="of no use where share_statistics is false"):
+        plan_of(noise, "federation.share_statistics=false")
