@@ -109,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _labels(text: str) -> list[str]:
-    return [label.strip() for label in text.split(",") if label.strip()]
+    labels = [label.strip() for label in text.split(",") if label.strip()]
+    if not labels:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected labels of attacks: A,B,...")
+    return labels
 
 
 def _show(arguments: argparse.Namespace) -> None:

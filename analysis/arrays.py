@@ -1,5 +1,6 @@
 """Reads single arrays from NumPy's files; nothing in them is ever unpickled."""
 
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,7 +12,11 @@ from numpy.typing import NDArray
 from testbed.errors import UserError, suggest
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK"
-_DAMAGED = (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
+_DAMAGED = (
+    *(OSError, ValueError, EOFError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error),
+    # NumPy parses the header as Python literals.
+    *(SyntaxError, tokenize.TokenError),
+)
 
 
 def read_array(given: str) -> NDArray[Any]:

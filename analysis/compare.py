@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from analysis.bootstrap import bootstrap_interval
 from analysis.formats import RENDERERS, Page
 from analysis.load import attack_names, baseline_columns, parameter_columns, varying_columns
@@ -77,7 +79,7 @@ def compare(
         row |= {"accuracy": own["accuracy"].mean(), "attack": attack, "metric": metric}
         row |= _interval("", own[metric], own["round"])
         row |= {"best": best, **_interval("best_", rival[metric], rival["round"])}
-        row |= _interval("difference_", difference, pairs["round"])
+        row |= _interval("difference_", difference, pairs["round"], least=-1)
         row["difference"] = row.pop("difference_mean")
         if baseline_columns(metric):
             row["uniform"] = own[baseline_columns(metric)["uniform"]].mean()
@@ -144,9 +146,10 @@ def _rivals(group: "pd.DataFrame", attack: str) -> list[str]:
 
 
 def _interval(
-    prefix: str, values: "pd.Series[float]", rounds: "pd.Series[int]"
+    prefix: str, values: "pd.Series[float]", rounds: "pd.Series[int]", least: float = 0.0
 ) -> dict[str, float]:
-    low, high = bootstrap_interval(values.to_numpy(), rounds.to_numpy(), level=LEVEL)
+    found = bootstrap_interval(values.to_numpy(), rounds.to_numpy(), level=LEVEL)
+    low, high = np.clip(found, least, 1).tolist()
     return {f"{prefix}mean": float(values.mean()), f"{prefix}low": low, f"{prefix}high": high}
 
 

@@ -86,6 +86,8 @@ def figures(
     from analysis.occurrences import occurrences_figure
     from testbed.results.reader import open_results
 
+    if Path(out_dir).is_file():
+        raise UserError(f"{out_dir}: cannot write the figures: this is a file, expected a folder")
     paths = [Path(path) for path in results_paths]
     loaded = load_attacked(*paths)
     columns: Mapping[str, str] = loaded.attrs["columns"]
@@ -188,7 +190,8 @@ def describe(parameters: Mapping[Any, Any], width: int) -> str:
         for name, value in parameters.items()
     ]
     # Lines are broken between parameters, where no parameter is longer than a line.
-    text = textwrap.fill(", ".join(word.replace(" ", _GLUE) for word in words), width)
+    whole = ", ".join(word.replace(" ", _GLUE) for word in words)
+    text = textwrap.fill(whole, width, break_long_words=False, break_on_hyphens=False)
     return text.replace(_GLUE, " ")
 
 

@@ -76,12 +76,12 @@ def take(
                 f"expected {count} x {classes}, as in the weight gradient"
             )
     for name, number in (("batch size", batch_size), ("local steps", local_steps)):
-        if number != int(number) or number < 1:
-            raise UserError(f"{name}: found {number}, expected a whole number from 1 on")
+        if not is_whole(number) or number < 1:
+            raise UserError(f"{name}: found {number!r}, expected a whole number from 1 on")
     if batch_size * local_steps > _MOST_LABELS:
         raise UserError(f"batch size: found {batch_size}, expected at most {_MOST_LABELS} labels")
-    if learning_rate is not None and not 0 < learning_rate < np.inf:
-        raise UserError(f"learning rate: found {learning_rate}, expected a positive number")
+    if learning_rate is not None:
+        _check_rate(learning_rate)
     if learning_rate is None and local_steps > 1:
         raise UserError("learning rate: missing; for several local steps it has to be known")
     head = _head(model_weights, model_bias, (classes, features), biased=bias is not None)
@@ -112,6 +112,20 @@ def take(
     )
 
 
+def is_whole(number: object) -> bool:
+    """Return whether something is a whole number, and no truth value."""
+    return (
+        isinstance(number, (int, float, np.integer, np.floating))
+        and not isinstance(number, bool)
+        and float(number).is_integer()
+    )
+
+
+def _check_rate(rate: object) -> None:
+    if not isinstance(rate, (int, float, np.integer, np.floating)) or not 0 < rate < np.inf:
+        raise UserError(f"learning rate: found {rate!r}, expected a positive number")
+
+
 def gradient_of(before: ArrayLike, after: ArrayLike, learning_rate: float) -> Floats:
     """Return the sum of the gradients that plain gradient descent went from weights to weights by.
 
@@ -135,8 +149,7 @@ def gradient_of(before: ArrayLike, after: ArrayLike, learning_rate: float) -> Fl
             f"weights before and after: found shapes {start.shape} and {end.shape}, expected the "
             "same (or the latter with a leading axis, for several updates)"
         )
-    if not 0 < learning_rate < np.inf:
-        raise UserError(f"learning rate: found {learning_rate}, expected a positive number")
+    _check_rate(learning_rate)
     gradient: Floats = (start - end) / learning_rate
     return gradient
 
@@ -145,8 +158,9 @@ def numbers(name: str, given: ArrayLike) -> Floats:
     """Return finite numbers in double precision; raise `UserError` where there are others."""
     try:
         array = np.asarray(given)
-    except ValueError as error:  # rows of different lengths
-        raise UserError(f"{name}: {error}") from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        # Rows of different lengths, or a tensor that is on a GPU or part of a graph.
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
     if array.dtype.kind not in "fiu":
         raise UserError(f"{name}: found an array of {array.dtype}, expected real numbers")
     if array.size == 0:

@@ -164,11 +164,14 @@ def _label_columns(axes: "Axes", page: "pd.DataFrame", levels: Sequence[str]) ->
     depth = -4.0
     place: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
     for name in reversed(levels):
+        shown = {start: plain(page[name].iloc[start]) or "none" for start, _ in spans[name]}
+        widths = {start: int((stop - start) * _WIDTH / _CHARACTER) for start, stop in spans[name]}
+        # Words are not cut: where one is wider than its column, the line stands upright.
+        upright = any(max(map(len, text.split())) > widths[at] for at, text in shown.items())
         texts = []
         for start, stop in spans[name]:
-            width = max(3, int((stop - start) * _WIDTH / _CHARACTER))
-            shown = plain(page[name].iloc[start]) or "none"
-            texts.append(textwrap.fill(shown, width))
+            lines = shown[start] if upright else textwrap.fill(shown[start], widths[start])
+            texts.append(lines)
             if start and name != levels[-1]:
                 axes.axvline(start, color="white", lw=3)
             axes.annotate(
@@ -177,6 +180,7 @@ def _label_columns(axes: "Axes", page: "pd.DataFrame", levels: Sequence[str]) ->
                 (0, depth),
                 ha="center",
                 va="top",
+                rotation=90 if upright else 0,
                 fontsize=_FONT,
                 parse_math=False,
                 annotation_clip=False,
@@ -194,7 +198,9 @@ def _label_columns(axes: "Axes", page: "pd.DataFrame", levels: Sequence[str]) ->
             annotation_clip=False,
             **place,
         )
-        depth -= _LINE * max(text.count("\n") + 1 for text in texts) + 3
+        lines_below = max(text.count("\n") + 1 for text in texts)
+        points = 72 * _CHARACTER * max(map(len, texts)) if upright else _LINE * lines_below
+        depth -= points + 3
 
 
 def _add_scale(figure: "Figure", axes: "Axes", mesh: Any) -> None:

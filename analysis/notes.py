@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BROKEN = "†"
+_UPDATE = ["file", "scenario", "round", "client"]
 # What figures and tables call a metric; the others have no longer name.
 TITLES = {"asr": "attack success rate (asr)"}
 
@@ -64,6 +65,19 @@ def table_notes(
     return notes
 
 
+def not_finite(frame: "pd.DataFrame") -> list[str]:
+    """Return a note on updates that no attack answered for; none where there are none."""
+    from testbed.attacks.metrics import METRICS
+
+    run = frame[frame["applicable"]]
+    answered = run[list(METRICS)].notna().any(axis=1)
+    updates = answered.groupby([run[name] for name in _UPDATE]).any()
+    lost = int((~updates).sum())
+    if not lost:
+        return []
+    return [f"{lost:,} of {_updates(len(updates))} held NaN or infinity: not attacked"]
+
+
 def self_test(frame: "pd.DataFrame") -> str:
     """Return how the updates do that are plain gradients, where two identities must hold.
 
@@ -72,10 +86,10 @@ def self_test(frame: "pd.DataFrame") -> str:
     frame
         As `analysis.load` returns it.
     """
-    updates = frame.drop_duplicates(["file", "scenario", "round", "client"])
+    updates = frame.drop_duplicates(_UPDATE)
     plain_ones = updates[updates["residual"].notna()]
     if plain_ones.empty:
-        return "self-test: none, since no update is the plain gradient of one step"
+        return "self-test: none, since no update is the plain, finite gradient of one step"
     facts = []
     oracle = plain_ones["oracle"].dropna()
     failed = int((oracle < 1).sum())
@@ -83,7 +97,9 @@ def self_test(frame: "pd.DataFrame") -> str:
         facts.append(
             f"oracle BELOW 1 in {failed:,} of {len(oracle):,} updates, {oracle.min():.3f} at worst"
         )
-    elif len(oracle):
+    elif oracle.empty:
+        facts.append("no oracle, since the last layer has no bias")
+    else:
         facts.append(f"oracle 1.000 in {'all ' if len(oracle) > 1 else ''}{_updates(len(oracle))}")
     largest = plain_ones["residual"].max()
     facts.append(f"sums of gradients over classes at most {largest:.0e} of their size")

@@ -27,6 +27,8 @@ _LARGE = {
 }
 # Where nothing tells D, assumptions about it are taken to hold.
 _UNKNOWN_FEATURES = 1 << 31
+# Keys whose values, where they are any, make auxiliary samples unlike the victims'.
+_SHIFTS = ("adversary.auxiliary_noise", "adversary.auxiliary_missing", "adversary.auxiliary_data")
 
 
 class StoredScenario:
@@ -85,6 +87,8 @@ class StoredScenario:
             local_steps=max(1, int(self._labels() // size)),
             known_size=told("adversary.batch_size", "known") == "known"
             and told("adversary.batch_size_factor", 1) == 1,
+            fair_samples=not any(map(told, _SHIFTS)),
+            statistics_noise=float(told("federation.statistics_noise") or 0),
             planted=any(planted),
         )
 

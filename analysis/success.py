@@ -7,7 +7,7 @@ import numpy as np
 
 from analysis.figures import MARKERS, PALETTE, describe, grid, set_title
 from analysis.load import attack_names, varying_columns
-from analysis.notes import parameters
+from analysis.notes import BROKEN, parameters
 from analysis.table import LEVEL
 
 if TYPE_CHECKING:
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 _MAX_PANELS = 16
 _BARS_PER_ROW = 8
 _GREY = "0.35"
-GUESSES = {"random": ("random guess (expected)", "--"), "uniform": ("uniform guess", ":")}
+BASELINES = {
+    "random": ("random guess (expected)", "--"),
+    "uniform": ("uniform guess", ":"),
+    "oracle": ("oracle", "-."),
+}
 LABELS = {"asr": "attack success rate", "presence_f1": "F1 score of the classes present"}
 
 
@@ -79,8 +83,8 @@ def draw_curves(
         x = rows["x"]
         axes.fill_between(x, rows["low"], rows["high"], color=colour, alpha=0.18, lw=0)
         axes.plot(x, rows["mean"], color=colour, marker=marker, ms=size, lw=1.4, label=name)
-    base = part.groupby("x")[list(GUESSES)].mean()
-    for column, (label, line) in GUESSES.items():
+    base = part.groupby("x")[list(BASELINES)].mean()
+    for column, (label, line) in BASELINES.items():
         axes.plot(base.index, base[column], line, color=_GREY, lw=1.2, label=label, zorder=1.9)
 
 
@@ -131,8 +135,8 @@ def _draw_bars(
             label=name,
             error_kw={"lw": 1, "capsize": 2, "ecolor": "0.2"},
         )
-    base = part.groupby("x")[list(GUESSES)].mean()
-    for column, (label, line) in GUESSES.items():
+    base = part.groupby("x")[list(BASELINES)].mean()
+    for column, (label, line) in BASELINES.items():
         axes.hlines(
             base[column],
             base.index - 0.45,
@@ -149,10 +153,17 @@ def _left_out(count: int, what: str) -> str:
 
 
 def attack_styles(groups: "Iterable[pd.DataFrame]") -> dict[str, tuple[str, str, str]]:
-    """Return for each attack its name, colour and marker, the same in all panels."""
+    """Return for each attack its name, colour and marker, the same in all panels.
+
+    The name of one whose assumptions some scenario breaks ends in a dagger.
+    """
     import pandas as pd
 
-    names = attack_names(pd.concat(list(groups)))
+    rows = pd.concat(list(groups))
+    broken = rows[(rows["broken"] != "{}") & rows["mean"].notna()]["attack"].unique().tolist()
+    names = {
+        attack: name + BROKEN * (attack in broken) for attack, name in attack_names(rows).items()
+    }
     return {
         attack: (name, PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)])
         for index, (attack, name) in enumerate(names.items())
@@ -190,8 +201,10 @@ def finish(
         axes.set_ylim(0, 1.03)
         handles, labels = axes.get_legend_handles_labels()
         entries = {**dict(zip(labels, handles, strict=True)), **entries}
-    guesses = [name for name, _ in GUESSES.values()]
-    names = sorted(entries, key=lambda name: name in guesses)
+    baselines = [name for name, _ in BASELINES.values()]
+    names = sorted(entries, key=lambda name: name in baselines)
+    if any(name.endswith(BROKEN) for name in names):
+        note += f"; {BROKEN} breaks an assumption of the attack"
     # A character is about 0.075 inches wide, the line before it and the gap together 0.65.
     width = 0.65 + 0.075 * max(map(len, names))
     figure.legend(

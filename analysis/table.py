@@ -13,7 +13,7 @@ from analysis.load import (
     parameter_columns,
     varying_columns,
 )
-from analysis.notes import BROKEN, parameters, plain, self_test, table_notes
+from analysis.notes import BROKEN, not_finite, parameters, plain, self_test, table_notes
 from analysis.scenarios import merge_seeds, outermost_first, pages
 from testbed.errors import UserError, suggest
 
@@ -73,9 +73,12 @@ def summarise(frame: "pd.DataFrame", metric: str = "asr") -> "pd.DataFrame":
     rows = []
     for _, group in frame.groupby([*_SCENARIO, "attack"], sort=False):
         scored = group[group[metric].notna()]
-        low, high = bootstrap_interval(
-            scored[metric].to_numpy(), scored["round"].to_numpy(), level=LEVEL
-        )
+        # No metric leaves [0, 1], as Student's interval of a few rounds may.
+        low, high = np.clip(
+            bootstrap_interval(scored[metric].to_numpy(), scored["round"].to_numpy(), level=LEVEL),
+            0,
+            1,
+        ).tolist()
         row = {
             "mean": scored[metric].mean(),
             "low": low,
@@ -152,7 +155,7 @@ def render(
     notes = table_notes(summary, left_out, metric, LEVEL)
     if merged is not frame:
         notes.insert(1, f"averaged over {frame['seed'].nunique()} seeds")
-    notes.append(self_test(merged))
+    notes += [*not_finite(merged), self_test(merged)]
     many = summary["attack"].nunique() > MOST_COLUMNS
     layout = _by_attack if rows == "attacks" or (rows == "auto" and many) else _by_scenario
     return RENDERERS[style](layout(summary), notes)

@@ -142,8 +142,12 @@ def run_attacks(
     given: "Given", attacks: Sequence[str | Mapping[str, Any]] | None, seed: int
 ) -> list[Outcome]:
     """Return the outcome of each attack; see `attack_update`."""
-    if seed < 0:
-        raise UserError(f"--seed: found {seed}, expected 0 or more")
+    from analysis.given import is_whole
+
+    if not is_whole(seed) or seed < 0:
+        raise UserError(f"seed: found {seed!r}, expected a whole number, 0 or more")
+    if isinstance(attacks, str):
+        raise UserError(f"attacks: found {attacks!r}, expected a list of names")
     from analysis.choice import attack_sections
     from testbed.attacks import attacks as registered
 

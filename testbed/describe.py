@@ -1,6 +1,5 @@
 """What an experiment would do, and what there is to choose from. Costs neither torch nor MPI."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import islice
@@ -29,7 +28,7 @@ def describe_experiment(resolved: ResolvedExperiment) -> str:
         lines.append(f"... and {len(plans) - _MOST_SCENARIOS} more")
     sizes = [_results_bytes(plan) for plan in plans]
     known = [size for size in sizes if size is not None]
-    total = f"at most {_bytes(sum(known))}, less by compression"
+    total = f"at most {_bytes(sum(known))} when complete, less by compression"
     if len(known) < len(sizes):
         unknown = len(sizes) - len(known)
         total = f"unknown ({unknown} of {len(sizes)} scenarios have shapes that only running tells)"
@@ -77,7 +76,7 @@ def describe_known(kind: str) -> str:
 
 def _notes(plans: Sequence[ScenarioPlan]) -> list[str]:
     """Return which attacks will be left out and which assumptions broken, as far as is known."""
-    found: Counter[str] = Counter()
+    found: dict[str, tuple[dict[str, None], set[int]]] = {}
     for plan in plans:
         facts = _facts(plan)
         if facts is None:
@@ -85,12 +84,18 @@ def _notes(plans: Sequence[ScenarioPlan]) -> list[str]:
         for section in plan.scenario.attacks:
             attack = section.make()
             reason = not_applicable(attack, facts)
-            if reason:
-                found[f"{section.label} is not run: {reason}"] += 1
-                continue
-            for assumption in broken_assumptions(attack, facts):
-                found[f"{section.label} assumes {assumption}, which does not hold"] += 1
-    return [f"note: {text} (in {count} of {len(plans)} scenarios)" for text, count in found.items()]
+            facts_of_it = [f"not run, since {reason}"] if reason else []
+            if not reason:
+                broken = broken_assumptions(attack, facts)
+                facts_of_it = [f"{name}: assumed, and does not hold" for name in broken]
+            for text in facts_of_it:
+                labels, scenarios = found.setdefault(text, ({}, set()))
+                labels[section.label] = None
+                scenarios.add(plan.index)
+    return [
+        f"note: {text} (in {len(scenarios)} of {len(plans)} scenarios: {', '.join(labels)})"
+        for text, (labels, scenarios) in found.items()
+    ]
 
 
 def _facts(plan: ScenarioPlan) -> Facts | None:
@@ -107,7 +112,9 @@ def _facts(plan: ScenarioPlan) -> Facts | None:
         statistics=info.buffers if plan.scenario.federation.share_statistics else 0,
         batch_size=plan.scenario.federation.batch_size,
         local_steps=plan.local_steps,
-        known_size=adversary.batch_size == "known" and adversary.batch_size_factor == 1,
+        known_size=adversary.knows_size,
+        fair_samples=adversary.has_fair_samples,
+        statistics_noise=plan.scenario.federation.statistics_noise,
     )
 
 

@@ -173,6 +173,17 @@ class AdversarySection(_Section):
     def _home(cls, root: Path | None) -> Path | None:
         return root.expanduser() if root is not None else None
 
+    @property
+    def knows_size(self) -> bool:
+        """Whether it knows the batch size."""
+        return self.batch_size == "known" and self.batch_size_factor == 1
+
+    @property
+    def has_fair_samples(self) -> bool:
+        """Whether its samples are the victims' kind, and of every class."""
+        shifted = self.auxiliary_noise or self.auxiliary_missing or self.auxiliary_data
+        return not shifted
+
 
 class FederationSection(_Section):
     """The rounds.
@@ -291,6 +302,18 @@ class Scenario(_Section):
                         f"the attack {attack.label!r} needs auxiliary samples: "
                         "data.auxiliary_per_class is 0, expected at least 1"
                     )
+        classes = DATASETS[self.data.name].classes
+        if classes is not None and self.adversary.auxiliary_missing >= classes:
+            raise ValueError(
+                f"adversary.auxiliary_missing: {self.adversary.auxiliary_missing} of {classes} "
+                "classes; expected at least one class with samples"
+            )
+        others = DATASETS[other[0]].classes if other[0] else None
+        if classes is not None and others is not None and classes != others:
+            raise ValueError(
+                f"adversary.auxiliary_data: {other[0]!r} has {others} classes, {self.data.name!r} "
+                f"has {classes}: expected a data set with the same classes"
+            )
         info, shape = MODELS.get(self.model.name), DATASETS[self.data.name].shape
         if info and shape and min(shape[1:]) < info.min_size:
             raise ValueError(

@@ -18,7 +18,7 @@ from testbed.attacks.checks import check_calibration
 from testbed.attacks.inference import infer_in_chunks
 from testbed.attacks.restricted import RestrictedAdversary
 from testbed.failure import Position
-from testbed.models.norms import statistics_length
+from testbed.models.norms import Norms, statistics_length
 from testbed.plan import ScenarioPlan, Task
 from testbed.results.schema import PHASES
 from testbed.results.writer import ResultsWriter
@@ -391,7 +391,10 @@ def scenario_facts(
         statistics=statistics if scenario.federation.share_statistics else 0,
         batch_size=scenario.federation.batch_size,
         local_steps=plan.local_steps,
-        known_size=adversary.batch_size == "known" and adversary.batch_size_factor == 1,
+        known_size=adversary.knows_size,
+        fair_samples=adversary.has_fair_samples,
+        statistics_noise=scenario.federation.statistics_noise,
+        undoable=not statistics or Norms(setup.model, setup.samples.shape).undoable,
         lowest_feature=lowest_feature,
     )
 

@@ -85,6 +85,11 @@ MESSAGES = [
     ("adversary.auxiliary_data=mnits", "my.yaml: adversary.auxiliary_data: found 'mnits': did yo"),
     ("adversary.auxiliary_noise=-1", "my.yaml: adversary.auxiliary_noise: found -1: input should"),
     ("adversary.batch_size_factor=0", "my.yaml: adversary.batch_size_factor: found 0: input shou"),
+    (
+        "adversary.auxiliary_missing=10",
+        "my.yaml: adversary.auxiliary_missing: 10 of 10 classes; ex",
+    ),
+    ("adversary.auxiliary_data=cifar100", "my.yaml: adversary.auxiliary_data: 'cifar100' has 100 "),
     ("pretraining.steps=-1", "my.yaml: pretraining.steps: found -1: input should be greater than"),
     ("pretraining.step=1", "my.yaml: pretraining.step: unknown key 'step': did you mean 'steps'?"),
     ("federation.algorithm=fedavg", "my.yaml: federation.algorithm: found 'fedavg': did you mean "),

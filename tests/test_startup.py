@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_run import plan_of, setups_for
 
-from testbed.attacks.assumptions import not_applicable
+from testbed.attacks.assumptions import broken_assumptions, not_applicable
 from testbed.errors import UserError
 from testbed.server import scenario_facts
 
@@ -74,3 +74,32 @@ def test_noise_on_what_is_not_shared_is_refused() -> None:
     noise = "federation.statistics_noise=1"
     with pytest.raises(UserError, match="of no use where share_statistics is false"):
         plan_of(noise, "federation.share_statistics=false")
+
+
+@pytest.mark.parametrize(("momentum", "known"), [("0.1", True), ("null", False), ("0.0", False)])
+def test_running_averages_that_cannot_be_undone(momentum: str, known: bool) -> None:
+    arguments = f"model.arguments={{momentum: {momentum}}}"
+    plan = plan_of(LONE, arguments, "attacks=[batchnorm_conditioned, batchnorm]")
+    setup = setups_for([plan]).make(plan)
+    broken = {
+        label: broken_assumptions(attack, scenario_facts(plan, setup))
+        for label, attack in setup.attacks.items()
+    }
+    assert ("running averages that can be undone" in broken["batchnorm_conditioned"]) != known
+    assert not broken["batchnorm"]
+
+
+def test_shifted_knowledge_and_noise_are_told() -> None:
+    plan = plan_of(
+        *(LONE, "adversary.auxiliary_missing=1", "federation.statistics_noise=0.1"),
+        "attacks=[llg, llg_plus, batchnorm]",
+    )
+    setup = setups_for([plan]).make(plan)
+    facts = scenario_facts(plan, setup)
+    found = {label: set(broken_assumptions(a, facts)) for label, a in setup.attacks.items()}
+    samples = "auxiliary samples of every class, as the victims' are"
+    assert found == {
+        "llg": set(),
+        "llg_plus": {samples},
+        "batchnorm": {samples, "statistics without noise"},
+    }

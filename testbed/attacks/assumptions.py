@@ -22,6 +22,12 @@ class Facts:
         B and E.
     known_size
         Whether the server knows B.
+    fair_samples
+        Whether the auxiliary samples are the victims' kind, and of every class.
+    statistics_noise
+        On shared BatchNorm statistics.
+    undoable
+        Whether some BatchNorm layer's running averages tell of a single batch.
     lowest_feature
         The smallest feature seen in a trial run of the initial model, or None where none was made.
     planted
@@ -35,6 +41,9 @@ class Facts:
     batch_size: int
     local_steps: int = 1
     known_size: bool = True
+    fair_samples: bool = True
+    statistics_noise: float = 0.0
+    undoable: bool = True
     lowest_feature: float | None = None
     planted: bool = False
 
@@ -56,9 +65,17 @@ def not_applicable(attack: Attack, facts: Facts) -> str:
 
 
 def assumptions(attack: type[Attack] | Attack) -> frozenset[Assumption]:
-    """Return what an attack assumes: what it declares, and who counts labels knows how many."""
-    counts = attack.answers is Answer.COUNTS
-    return attack.assumes | ({Assumption.KNOWN_SIZE} if counts else set())
+    """Return what an attack assumes: what it declares, and what its kind implies.
+
+    Who answers more than presence knows how many labels there are; who has auxiliary samples takes
+    them for the victims' kind; who looks at statistics, for exact.
+    """
+    implied = {
+        Assumption.KNOWN_SIZE: attack.answers is not Answer.PRESENCE,
+        Assumption.FAIR_SAMPLES: attack.knowledge is Knowledge.AUXILIARY,
+        Assumption.EXACT_STATISTICS: Observed.STATISTICS in attack.observes,
+    }
+    return attack.assumes | {item for item, holds in implied.items() if holds}
 
 
 def broken_assumptions(attack: Attack, facts: Facts) -> Mapping[str, str]:
@@ -107,5 +124,14 @@ _CHECKS: Mapping[Assumption, Callable[[Facts], str]] = {
     ),
     Assumption.SEVERAL_STEPS: lambda facts: "" if facts.local_steps > 1 else "one local step",
     Assumption.KNOWN_SIZE: lambda facts: "" if facts.known_size else "the server guesses it",
+    Assumption.FAIR_SAMPLES: lambda facts: (
+        "" if facts.fair_samples else "others, or some missing (section `adversary`)"
+    ),
+    Assumption.EXACT_STATISTICS: lambda facts: (
+        f"noise of {facts.statistics_noise:g}" if facts.statistics_noise else ""
+    ),
+    Assumption.KNOWN_MOMENTUM: lambda facts: (
+        "" if facts.undoable else "no BatchNorm layer that runs once with a momentum"
+    ),
     Assumption.FIVE_CLASSES: lambda facts: "" if facts.classes >= 5 else f"{facts.classes} classes",
 }

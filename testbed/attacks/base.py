@@ -63,6 +63,9 @@ class Assumption(Enum):
     SEVERAL_STEPS = "several local steps"
     KNOWN_SIZE = "number of labels known"
     FIVE_CLASSES = "at least five classes"
+    FAIR_SAMPLES = "auxiliary samples of every class, as the victims' are"
+    EXACT_STATISTICS = "statistics without noise"
+    KNOWN_MOMENTUM = "running averages that can be undone"
 
 
 class Answer(Enum):

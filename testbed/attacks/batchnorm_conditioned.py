@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from testbed.attacks.base import (
     Adversary,
+    Assumption,
     Attack,
     Calibration,
     Knowledge,
@@ -58,6 +59,7 @@ class _Conditioned(Attack):
     """Moments of auxiliary samples that are normalised as the client's batch was."""
 
     knowledge: ClassVar[Knowledge] = Knowledge.AUXILIARY
+    assumes: ClassVar = frozenset({Assumption.KNOWN_MOMENTUM})
     source: ClassVar[str] = "this testbed"
     calibrated_by: ClassVar = ()
     calibration_arrays: ClassVar = {

@@ -12,7 +12,6 @@ from typing_extensions import override
 from testbed.attacks.base import (
     Adversary,
     Array,
-    Assumption,
     Attack,
     Calibration,
     CalibrationArrays,
@@ -31,6 +30,8 @@ Floats = NDArray[np.float64]
 # Shadow updates that are held at once, and how many numbers they have at most.
 _CHUNK, _NUMBERS = 50, 1 << 24
 _BATCH = 32
+# An input that varies less than this, of the one that varies most, is constant.
+_CONSTANT = 1e-6
 _RATE, _DECAYS, _TINY = 1e-3, (0.9, 0.999), 1e-8
 
 
@@ -72,8 +73,6 @@ class LDIA(Attack):
     knowledge: ClassVar[Knowledge] = Knowledge.AUXILIARY
     source: ClassVar[str] = "Gu and Bai, J. Inf. Secur. Appl. 2023; one round"
     observes: ClassVar = frozenset({Observed.BIAS_GRADIENT, Observed.WEIGHT_GRADIENT})
-    # Its answer has no size, but the clients that it learns from have.
-    assumes: ClassVar = frozenset({Assumption.KNOWN_SIZE})
     answers: ClassVar = LabelDistribution.answer
 
     @override
@@ -94,7 +93,8 @@ class LDIA(Attack):
         projection = leading_directions(outputs.features, self.features)
         inputs, shares = self._shadows(adversary, outputs, projection, rng)
         mean, scale = inputs.mean(axis=0), inputs.std(axis=0)
-        scale[scale == 0] = 1.0
+        # What hardly varies is rounding noise: a client's own would be blown up by it.
+        scale[scale <= _CONSTANT * scale.max()] = 1.0
         weight_in, bias_in, weight_out, bias_out = _train(
             (inputs - mean) / scale, shares, self.hidden, self.epochs, rng
         )

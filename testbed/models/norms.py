@@ -41,6 +41,8 @@ class Norms:
     single_values
         Whether one of them normalises a single value per channel of an image, as after a linear
         layer: of a batch of one image it then has no variance, and PyTorch refuses.
+    undoable
+        Whether a track has a momentum, with which a server can undo its running averages.
     """
 
     def __init__(self, model: FlatModel, shape: tuple[int, int, int]) -> None:
@@ -71,3 +73,4 @@ class Norms:
             if f"{name}.running_var" in places
         ]
         self.single_values = any(1 in found for found in positions.values())
+        self.undoable = any(track.norm.momentum for track in self.tracks)

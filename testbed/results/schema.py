@@ -135,7 +135,7 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
     As equal ones as may be, since the last one takes as much of the file as the others.
     """
-    row = int(np.prod(shape[1:])) * itemsize
+    row = max(1, int(np.prod(shape[1:])) * itemsize)
     if row <= _CHUNK_BYTES or len(shape) == 1:
         return (_even(shape[0], max(1, _CHUNK_BYTES // row)), *shape[1:])
     client = row // shape[1]
@@ -162,5 +162,5 @@ def uncompressed_bytes(arrays: Mapping[str, ArraySpec], lengths: Mapping[str, in
     for spec in arrays.values():
         shape, size = tuple(lengths[axis] for axis in spec.axes), np.dtype(spec.dtype).itemsize
         pairs = zip(shape, chunk_shape(shape, size), strict=True)
-        values += size * int(np.prod([-(-length // part) * part for length, part in pairs]))
+        values += size * int(np.prod([-(-length // max(part, 1)) * part for length, part in pairs]))
     return values + _STRUCTURE_BYTES * (len(arrays) + len(lengths))

@@ -83,13 +83,14 @@ def test_success_curves_are_the_means_over_batch_sizes(paper):
         lines = {line.get_label(): line for line in axes.get_lines()}
         assert list(lines) == [
             *("Random", "LLG", "LLG*", "LLG+"),
-            *("random guess (expected)", "uniform guess"),
+            *("random guess (expected)", "uniform guess", "oracle"),
         ]
         rows = summary.query(f"distribution == '{distribution}' and attack == 'llg_plus'")
         assert lines["LLG+"].get_xdata().tolist() == rows["batch_size"].tolist()
         assert lines["LLG+"].get_ydata().tolist() == rows["mean"].tolist()
         expected = lines["random guess (expected)"]
         assert expected.get_linestyle() == "--"
+        assert (lines["oracle"].get_ydata() == 1).all()
         assert expected.get_ydata() == pytest.approx(rows["random"].to_numpy())
         band = axes.collections[3].get_paths()[0].vertices
         assert band[:, 1].min() == rows["low"].min()

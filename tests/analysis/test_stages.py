@@ -46,7 +46,7 @@ def test_curves_over_equally_spaced_stages_with_the_accuracy_beneath(tmp_path):
     labels = [label.get_text() for label in axes.get_xticklabels()]
     assert labels == ["0\n10 %", "100\n50 %", "3000\n90 %"]
     lines = {line.get_label(): line for line in axes.get_lines()}
-    assert list(lines) == ["LLG", "LLG+", "random guess (expected)", "uniform guess"]
+    assert list(lines) == ["LLG", "LLG+", "random guess (expected)", "uniform guess", "oracle"]
     rows = summary[summary["attack"] == "llg"]
     assert lines["LLG"].get_xdata().tolist() == [0, 1, 2]
     assert lines["LLG"].get_ydata().tolist() == rows["mean"].tolist()
@@ -100,7 +100,7 @@ def test_of_many_attacks_the_best_are_drawn_beside_llg_and_llg_plus(tmp_path):
     best = [label for label in means.index if label.startswith("attack_")][:6]
     lines = [line.get_label() for line in figures[""].axes[0].get_lines()]
     assert lines[:8] == ["LLG", "LLG+", *best]
-    assert lines[8:] == ["random guess (expected)", "uniform guess"]
+    assert lines[8:] == ["random guess (expected)", "uniform guess", "oracle"]
     looks = {(line.get_color(), line.get_marker()) for line in figures[""].axes[0].get_lines()[:8]}
     assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == 8
     figures, _ = draw(path, chosen=True)

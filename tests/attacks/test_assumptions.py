@@ -56,6 +56,10 @@ class Assumes(Attack):
         (Assumption.ONE_STEP, FACTS, {"local_steps": 2}, "2 local steps"),
         (Assumption.SEVERAL_STEPS, replace(FACTS, local_steps=2), {"local_steps": 1}, "one local"),
         (Assumption.KNOWN_SIZE, FACTS, {"known_size": False}, "guesses it"),
+        (Assumption.FIVE_CLASSES, replace(FACTS, classes=5), {"classes": 4}, "4 classes"),
+        (Assumption.FAIR_SAMPLES, FACTS, {"fair_samples": False}, "some missing"),
+        (Assumption.EXACT_STATISTICS, FACTS, {"statistics_noise": 0.1}, "noise of 0.1"),
+        (Assumption.KNOWN_MOMENTUM, FACTS, {"undoable": False}, "runs once with a momentum"),
     ],
 )
 def test_each_assumption_holds_and_breaks(assumption, holds, breaks, found):
@@ -79,6 +83,9 @@ def test_all_broken_assumptions_are_named_in_order():
         lowest_feature=-1.0,
         local_steps=2,
         known_size=False,
+        fair_samples=False,
+        statistics_noise=0.1,
+        undoable=False,
     )
     found = list(broken_assumptions(Assumes(), facts))
     assert found == sorted(found)
