@@ -189,9 +189,9 @@ def describe(parameters: Mapping[Any, Any], width: int) -> str:
         str(value) if name in plain else f"{name.replace('_', ' ')} {_shown(value)}"
         for name, value in parameters.items()
     ]
-    # Lines are broken between parameters, where no parameter is longer than a line.
-    whole = ", ".join(word.replace(" ", _GLUE) for word in words)
-    text = textwrap.fill(whole, width, break_long_words=False, break_on_hyphens=False)
+    # Lines are broken between parameters, or in one that is longer than a line.
+    whole = ", ".join(word.replace(" ", _GLUE) if len(word) < width else word for word in words)
+    text = textwrap.fill(whole, width, break_on_hyphens=False)
     return text.replace(_GLUE, " ")
 
 

@@ -204,7 +204,7 @@ def finish(
     baselines = [name for name, _ in BASELINES.values()]
     names = sorted(entries, key=lambda name: name in baselines)
     if any(name.endswith(BROKEN) for name in names):
-        note += f"; {BROKEN} breaks an assumption of the attack"
+        note += f"; {BROKEN} a scenario breaks an assumption"
     # A character is about 0.075 inches wide, the line before it and the gap together 0.65.
     width = 0.65 + 0.075 * max(map(len, names))
     figure.legend(

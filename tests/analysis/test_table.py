@@ -316,7 +316,23 @@ def test_the_self_test_tells_what_fails(path):
 def test_the_self_test_of_updates_that_are_no_plain_gradients(tmp_path):
     specs = [Spec(rounds=3, local_steps=2), Spec({"defense.noise": 0.1}, rounds=3)]
     frame = analysis.load(build(tmp_path / "run.h5", specs))
-    assert self_test(frame) == "self-test: none, since no update is the plain gradient of one step"
+    none = "self-test: none, since no update is the plain, finite gradient of one step"
+    assert self_test(frame) == none
     spec = Spec(rounds=1, clients=1, bias=False)
     frame = analysis.load(build(tmp_path / "no_bias.h5", [spec]))
-    assert self_test(frame).startswith("self-test: sums of gradients over classes at most ")
+    assert self_test(frame).startswith(
+        "self-test: no oracle, since the last layer has no bias; sums of gradients over classes at "
+    )
+
+
+def test_updates_that_were_not_finite_are_counted(path):
+    with h5py.File(path, "a") as file:
+        for attack in ("random", "llg", "llg_star", "llg_plus"):
+            file[f"scenarios/0000/attacks/{attack}/counts"][2:5] = -1
+    assert "6 of 40 updates held NaN or infinity: not attacked" in render(analysis.load(path))
+
+
+def test_no_interval_leaves_what_a_metric_can_be(tmp_path):
+    frame = analysis.load(build(tmp_path / "run.h5", [Spec(rounds=2, clients=1, attacks=["llg"])]))
+    row = summarise(frame.assign(asr=[1.0, 0.5])).iloc[0]
+    assert (row["low"], row["high"]) == (0, 1)
