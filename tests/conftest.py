@@ -1,6 +1,7 @@
 """What tests share: the real data, and the rule that continuous integration skips nothing."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: only where PyTorch sees a GPU; left out elsewhere")
+    # A shell ignores it in what it starts in the background, and programs under test inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("CI"):
         config.pluginmanager.register(_SkipsFail(), "skips-fail")
 

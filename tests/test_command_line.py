@@ -68,7 +68,7 @@ def test_sizes_that_only_running_tells_are_unknown(tmp_path):
     assert "results file  unknown (1 of 1 scenarios" in done.out
 
 
-@pytest.mark.parametrize("observations", ["summary", "last_layer"])
+@pytest.mark.parametrize("observations", ["summary", "last_layer", "full"])
 def test_the_promised_size_is_an_upper_bound_and_not_far_off(tmp_path, observations):
     experiment = write_experiment(
         tmp_path / "e.yaml",
@@ -78,7 +78,7 @@ def test_the_promised_size_is_an_upper_bound_and_not_far_off(tmp_path, observati
     )
     done = run_testbed("check", experiment)
     line = next(line for line in done.out.splitlines() if line.startswith("results file"))
-    number, unit = line.split("at most ")[1].split(", less")[0].split()
+    number, unit = line.split("at most ")[1].split(" when complete")[0].split()
     promised = float(number) * {"kB": 1e3, "MB": 1e6}[unit]
     assert run_testbed("run", experiment, "-o", tmp_path / "r.h5").status == 0
     size = (tmp_path / "r.h5").stat().st_size

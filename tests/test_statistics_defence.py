@@ -73,13 +73,6 @@ def test_without_sharing_the_client_sends_back_what_it_received() -> None:
         np.testing.assert_array_equal(update[:split], shared[task][:split])
 
 
-def test_noise_has_no_effect_without_sharing() -> None:
-    noisy = ("federation.share_statistics=false", "federation.statistics_noise=1")
-    plain = updates_of("federation.share_statistics=false")
-    for task, update in updates_of(*noisy).items():
-        np.testing.assert_array_equal(update, plain[task])
-
-
 def test_noise_does_not_depend_on_rank_or_order() -> None:
     forth = updates_of("federation.statistics_noise=0.3")
     back = updates_of("federation.statistics_noise=0.3", tasks=TASKS[::-1])
