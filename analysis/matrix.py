@@ -200,7 +200,7 @@ def _label_columns(axes: "Axes", page: "pd.DataFrame", levels: Sequence[str]) ->
         )
         lines_below = max(text.count("\n") + 1 for text in texts)
         points = 72 * _CHARACTER * max(map(len, texts)) if upright else _LINE * lines_below
-        depth -= points + (9 if upright else 3)
+        depth -= points + 3
 
 
 def _add_scale(figure: "Figure", axes: "Axes", mesh: Any) -> None:
