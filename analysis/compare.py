@@ -8,7 +8,7 @@ import numpy as np
 from analysis.bootstrap import bootstrap_interval
 from analysis.formats import RENDERERS, Page
 from analysis.load import attack_names, baseline_columns, parameter_columns, varying_columns
-from analysis.notes import TITLES, parameters, plain
+from analysis.notes import TITLES, UPDATE, parameters, plain
 from analysis.scenarios import choose_attacks, merge_seeds
 from analysis.table import LEVEL, STYLES
 from testbed.errors import UserError, suggest
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SCENARIO = ["file", "scenario"]
-_UPDATE = [*_SCENARIO, "round", "client"]
 # Of all other metrics, more is better.
 _DISTANCES = ("hellinger", "total_variation")
 
@@ -73,7 +72,7 @@ def compare(
         means = others.groupby("attack", sort=False)[metric].mean()
         best = str((means.idxmin if metric in _DISTANCES else means.idxmax)())
         rival = others[others["attack"] == best]
-        pairs = own.merge(rival, on=_UPDATE, suffixes=("", "_best"))
+        pairs = own.merge(rival, on=UPDATE, suffixes=("", "_best"))
         difference = pairs[metric] - pairs[f"{metric}_best"]
         row = {name: own.iloc[0][name] for name in kept}
         row |= {"accuracy": own["accuracy"].mean(), "attack": attack, "metric": metric}
@@ -119,9 +118,12 @@ def render_comparison(
     if "uniform" in found:
         columns["uniform guess"] = found["uniform"].map("{:.3f}".format)
     body = list(zip(*columns.values(), strict=True))
+    others = (
+        "of " + ", ".join(names[label] for label in against) if against else "that knows no more"
+    )
     notes = [
-        f"{TITLES.get(metric, metric)} of {names[attack]} and of the best other attack that knows "
-        f"no more, and the difference update by update; ± is the larger side of the "
+        f"{TITLES.get(metric, metric)} of {names[attack]} and of the best other attack {others}, "
+        "and the difference update by update; ± is the larger side of the "
         f"{LEVEL * 100:g} % interval over rounds",
         "the best other is chosen by its mean on the same updates, which flatters it",
     ]

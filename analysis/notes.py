@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BROKEN = "†"
-_UPDATE = ["file", "scenario", "round", "client"]
+UPDATE = ["file", "scenario", "round", "client"]
 # What figures and tables call a metric; the others have no longer name.
 TITLES = {"asr": "attack success rate (asr)"}
 
@@ -71,7 +71,7 @@ def not_finite(frame: "pd.DataFrame") -> list[str]:
 
     run = frame[frame["applicable"]]
     answered = run[list(METRICS)].notna().any(axis=1)
-    updates = answered.groupby([run[name] for name in _UPDATE]).any()
+    updates = answered.groupby([run[name] for name in UPDATE]).any()
     lost = int((~updates).sum())
     if not lost:
         return []
@@ -86,7 +86,7 @@ def self_test(frame: "pd.DataFrame") -> str:
     frame
         As `analysis.load` returns it.
     """
-    updates = frame.drop_duplicates(_UPDATE)
+    updates = frame.drop_duplicates(UPDATE)
     plain_ones = updates[updates["residual"].notna()]
     if plain_ones.empty:
         return "self-test: none, since no update is the plain, finite gradient of one step"

@@ -134,8 +134,7 @@ class GlobalModel:
 
     def on_dummy(self, kind: str, samples: int) -> Outputs:
         """Return the outputs on dummy inputs; see `testbed.attacks.Adversary`."""
-        inputs = self._dummy(kind, samples)
-        return self._cached((kind, samples), lambda: self._on_dummy(kind, inputs), None)
+        return self._cached((kind, samples), lambda: self._on_dummy(kind, samples), None)
 
     def on_auxiliary(self, batch_size: int | None = None) -> Outputs:
         """Return the outputs on the auxiliary samples.
@@ -328,10 +327,8 @@ class GlobalModel:
             self._outputs[key] = outputs
         return self._outputs[key]
 
-    def _on_dummy(
-        self, kind: str, inputs: torch.Tensor
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        count = len(inputs)
+    def _on_dummy(self, kind: str, count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        inputs = self._dummy(kind, count)
         if count == 1 and self._norms and (kind in ("zeros", "ones") or self._found.single_values):
             # Of inputs that are all alike, two do for one, and BatchNorm takes them.
             inputs = inputs.repeat(2, 1, 1, 1)

@@ -82,6 +82,9 @@ def test_a_table_of_it(frame):
     assert "±" in first
     assert "+0." in first
     assert "flatters" in text
+    assert "attack that knows no more, and" in text
+    named = render_comparison(frame, "llg_plus", against=["llg", "random"])
+    assert "attack of LLG, Random, and" in named
     tidy = list(csv.DictReader(io.StringIO(render_comparison(frame, "llg_plus", "csv"))))
     assert [row["best"] for row in tidy] == ["llg_star"] * 2
     assert float(tidy[0]["difference"]) == compare(frame, "llg_plus").iloc[0]["difference"]
