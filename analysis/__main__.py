@@ -1,4 +1,4 @@
-"""The command line: ``python -m analysis show|table|compare|figures|replay|attack``."""
+"""The command line: ``python -m analysis show|table|compare|tradeoff|figures|replay|attack``."""
 
 import argparse
 import os
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "show": _show,
             "table": _table,
             "compare": _compare,
+            "tradeoff": _tradeoff,
             "figures": _figures,
             **COMMANDS,
         }
@@ -81,7 +82,28 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B,...",
         help="the others (default: all that know no more)",
     )
-    for command in (table, compare):
+    tradeoff = commands.add_parser(
+        "tradeoff",
+        help="what leaks in spite of each defence, beside accuracy, bytes and privacy",
+        description="Leakage by the strongest attack, as it is and adapted to the defences, "
+        "beside final accuracy, bytes on the wire and privacy budget of each scenario; as a table, "
+        "or as a figure where the name of the output ends in .png, .pdf or .svg.",
+    )
+    tradeoff.add_argument(
+        "--attack",
+        type=_labels,
+        default=[],
+        metavar="A,B,...",
+        help="the strongest of these attacks, in place of all",
+    )
+    tradeoff.add_argument(
+        "--last",
+        type=int,
+        default=1,
+        metavar="K",
+        help="final accuracy: mean of the last K evaluated rounds (default: 1)",
+    )
+    for command in (table, compare, tradeoff):
         command.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to a file")
         command.add_argument(
             "--format", choices=_STYLES, default="text", help="csv is the tidy form (default: text)"
@@ -102,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--attacks", type=_labels, default=[], metavar="A,B,...", help="these attacks alone"
         )
-    for command in (show, table, compare, figures):
+    for command in (show, table, compare, tradeoff, figures):
         command.add_argument("files", nargs="+", metavar="FILE", help="results file")
     add_parsers(commands)
     return parser
@@ -147,6 +169,21 @@ def _compare(arguments: argparse.Namespace) -> None:
     )
     _note_incomplete(arguments.files)
     write_out(text, arguments.output, "table")
+
+
+def _tradeoff(arguments: argparse.Namespace) -> None:
+    from analysis.load import load_attacked
+    from analysis.tradeoff import render_tradeoff
+
+    frame, output = load_attacked(*arguments.files), arguments.output
+    options = (arguments.attack, arguments.metric, arguments.last)
+    if output is not None and output.suffix.removeprefix(".") in _FORMATS:
+        from analysis.tradeoff_figure import save_tradeoff
+
+        print(save_tradeoff(frame, output, *options))
+    else:
+        write_out(render_tradeoff(frame, arguments.format, *options), output, "table")
+    _note_incomplete(arguments.files)
 
 
 def _figures(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from testbed.errors import UserError
 
 if TYPE_CHECKING:
     from testbed.attacks import Attack
-    from testbed.experiment import AttackSection
+    from testbed.sections import AttackSection
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def attack_sections(wanted: Iterable[str | Mapping[str, Any]]) -> "list[AttackSe
     """
     import pydantic
 
-    from testbed.experiment import AttackSection
+    from testbed.sections import AttackSection
 
     sections: list[AttackSection] = []
     for content in wanted:

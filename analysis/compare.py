@@ -7,9 +7,10 @@ import numpy as np
 
 from analysis.bootstrap import bootstrap_interval
 from analysis.formats import RENDERERS, Page
-from analysis.load import attack_names, baseline_columns, parameter_columns, varying_columns
+from analysis.load import attack_names, parameter_columns, varying_columns
 from analysis.notes import TITLES, UPDATE, parameters, plain
 from analysis.scenarios import choose_attacks, merge_seeds
+from analysis.score import baseline_columns
 from analysis.table import LEVEL, STYLES
 from testbed.errors import UserError, suggest
 
@@ -39,7 +40,8 @@ def compare(
     metric
         See `analysis.table.summarise`.
     against
-        Labels of the others; all that know no more than the attack does where none is named.
+        Labels of the others, with answers about the same labels as the attack's; where none is
+        named, all of these that know no more than the attack does.
 
     Returns
     -------
@@ -67,6 +69,7 @@ def compare(
     for _, group in frame[frame[metric].notna()].groupby(_SCENARIO, sort=False):
         own = group[group["attack"] == attack]
         others = group[group["attack"].isin(against or _rivals(group, attack))]
+        others = others[others["target"].isin(own["target"].unique())]
         if own.empty or others.empty:
             continue
         means = others.groupby("attack", sort=False)[metric].mean()
@@ -134,16 +137,19 @@ def _rivals(group: "pd.DataFrame", attack: str) -> list[str]:
     """Return the attacks that know no more than one does."""
     from testbed.attacks.base import Knowledge
 
+    kinds = group[["attack", "knowledge", "adapted"]].drop_duplicates()
     levels = {
-        str(label): Knowledge(knowledge)
-        for label, knowledge in group[["attack", "knowledge"]].drop_duplicates().to_numpy()
+        str(label): (Knowledge(knowledge), bool(adapted))
+        for label, knowledge, adapted in kinds.itertuples(index=False)
     }
     if attack not in levels:
         return []
+    level, adapts = levels[attack]
     return [
         label
-        for label, level in levels.items()
-        if label != attack and levels[attack].includes(level)
+        for label, (knowledge, adapted) in levels.items()
+        # An adapted attack knows the defences too.
+        if label != attack and level.includes(knowledge) and adapts >= adapted
     ]
 
 

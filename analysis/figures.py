@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.load import STANDARD, load_attacked
+from analysis.defenses import NONE
+from analysis.load import DEFENSES, STANDARD, load_attacked
 from analysis.scenarios import choose_attacks, merge_seeds
 from testbed.errors import UserError
 
@@ -41,6 +42,9 @@ KEYS = {
     "adversary.auxiliary_noise": "auxiliary_noise",
     "adversary.auxiliary_missing": "auxiliary_missing",
     "adversary.batch_size_factor": "batch_size_factor",
+    "federation.local_steps": "local_steps",
+    "federation.clients": "clients",
+    "partition.alpha": "alpha",
 }
 # With more attacks, curves and bars are unreadable.
 _MOST_CURVES = 8
@@ -73,7 +77,9 @@ def figures(
     list[Path]
         For each file ``NAME-success``; ``NAME-presence``, the same of `presence_f1`, where an
         attack answers with presence alone; ``NAME-stages`` and the like where one of `KEYS` was
-        swept; and ``NAME-occurrences``. More is appended where one picture is not enough.
+        swept; ``NAME-defenses``, all attacks against all defences, where these were swept and
+        ``NAME-success`` is not that already; ``NAME-rounds``, where rounds are those of a training;
+        and ``NAME-occurrences``. More is appended where one picture is not enough.
 
     Raises
     ------
@@ -84,6 +90,7 @@ def figures(
     from matplotlib import rc_context
 
     from analysis.occurrences import occurrences_figure
+    from analysis.rounds import rounds_figure
     from testbed.results.reader import open_results
 
     if Path(out_dir).is_file():
@@ -91,7 +98,8 @@ def figures(
     paths = [Path(path) for path in results_paths]
     loaded = load_attacked(*paths)
     columns: Mapping[str, str] = loaded.attrs["columns"]
-    whole = merge_seeds(choose_attacks(loaded, attacks))
+    apart = choose_attacks(loaded, attacks)
+    whole = merge_seeds(apart)
     drawn: list[Path] = []
     with rc_context(STYLE):
         for path, stem in zip(paths, _stems(paths), strict=True):
@@ -99,12 +107,16 @@ def figures(
             if frame.empty:
                 continue
             with open_results(path) as results:
+                own = apart[apart["file"] == str(path)]
                 pictures = {
                     **_scores(frame, results.title, columns, chosen=bool(attacks)),
+                    "rounds": rounds_figure(results, own, _MOST_CURVES, chosen=bool(attacks)),
                     "occurrences": occurrences_figure(results, frame),
                 }
             for name, picture in pictures.items():
-                drawn.append(_save(picture, Path(out_dir) / f"{stem}-{name}.{format}"))
+                if picture is None:
+                    continue
+                drawn.append(save_figure(picture, Path(out_dir) / f"{stem}-{name}.{format}"))
     return drawn
 
 
@@ -128,6 +140,9 @@ def _scores(
         summaries[metric] = summary
         if summary["attack"].nunique() <= _MOST_CURVES:
             pictures[name] = success_figure(summary, title)
+            if DEFENSES in whole and whole[DEFENSES].nunique() > 1:
+                named = DEFENSES if metric == "asr" else f"{name}-{DEFENSES}"
+                pictures |= _numbered(named, matrix_figures(whole, title))
         else:
             pictures |= _numbered(name, matrix_figures(whole, title))
     if summaries:
@@ -186,13 +201,18 @@ def describe(parameters: Mapping[Any, Any], width: int) -> str:
     """
     plain = {*STANDARD.values()} - {"batch_size"}
     words = [
-        str(value) if name in plain else f"{name.replace('_', ' ')} {_shown(value)}"
-        for name, value in parameters.items()
+        str(value) if name in plain else _named(name, value) for name, value in parameters.items()
     ]
     # Lines are broken between parameters, or in one that is longer than a line.
     whole = ", ".join(word.replace(" ", _GLUE) if len(word) < width else word for word in words)
     text = textwrap.fill(whole, width, break_on_hyphens=False)
     return text.replace(_GLUE, " ")
+
+
+def _named(name: str, value: object) -> str:
+    if name == DEFENSES:
+        return "no defence" if value == NONE else str(value)
+    return f"{name.replace('_', ' ')} {_shown(value)}"
 
 
 def _shown(value: object) -> str:
@@ -213,7 +233,8 @@ def _stems(paths: Sequence[Path]) -> list[str]:
     return stems
 
 
-def _save(figure: "Figure", path: Path) -> Path:
+def save_figure(figure: "Figure", path: Path) -> Path:
+    """Write a figure to a file, creating its folder; `UserError` where that cannot be done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)

@@ -1,20 +1,22 @@
 """Results files as one tidy data frame: what every table and figure starts from."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.defenses import defense_key, defense_labels
+from analysis.score import ACCUMULATED, baseline_columns, score_rounds
 from testbed.errors import UserError
 
 # h5py and pandas are imported where they are used: `analysis --help` needs neither.
 if TYPE_CHECKING:
     import pandas as pd
 
-    from testbed.results.reader import AttackInfo, Scenario
+    from testbed.results.reader import AttackInfo
 
 # Parameters that every frame has as columns, swept or not.
 STANDARD = {
@@ -23,18 +25,26 @@ STANDARD = {
     "model.name": "model",
     "federation.batch_size": "batch_size",
 }
-BASELINES = ("random", "uniform", "oracle")
+DEFENSES = "defenses"
 # Of an attack in a scenario, the same for all its updates.
-ATTACK = ("attack", "title", "knowledge", "answers", "applicable", "obstacle", "broken")
+ATTACK = (
+    *("attack", "title", "knowledge", "answers", "target", "adapted"),
+    *("applicable", "obstacle", "broken"),
+)
+_KEYS = ("round", "client", "identity")
 _UPDATE = ("accuracy", "residual")
-_DEFENCES = ("defense", "defenses")
+# Of the title of an attack that knows the defences.
+_ADAPTED = ", adapted"
+# Keys whose last part alone says too little.
+_NAMES = {"partition.kind": "partition"}
 
 
 def load(*paths: str | Path) -> "pd.DataFrame":
     """Return one row per file, scenario, round, client and attack.
 
-    Rounds that were not attacked (``federation.attack_every``) have no rows; updates that were not
-    attacked because they held NaN or Inf have rows whose metrics are NaN.
+    Rounds that were not attacked (``federation.attack_every``) have no rows, nor have clients that
+    dropped out; updates that were not attacked because they held NaN or Inf have rows whose metrics
+    are NaN. With secure aggregation the one client of a round is the cohort.
 
     Parameters
     ----------
@@ -46,18 +56,24 @@ def load(*paths: str | Path) -> "pd.DataFrame":
     pandas.DataFrame
         Columns, in this order: ``file``, ``scenario``; ``dataset``, ``distribution``, ``model``,
         ``batch_size`` and every other swept key under its last part, or in full where that would
-        be ambiguous; ``round``, ``client``; ``attack`` (its label), ``title``, ``knowledge``,
-        ``answers`` (``counts``, ``presence`` or ``distribution``), ``applicable``, ``obstacle``
-        (why it is not applicable), ``broken`` (its assumptions that the scenario breaks, and what
-        was found instead, as JSON); ``accuracy`` of the round's model (NaN where it was not
-        evaluated), ``residual`` (see below); every metric of `testbed.attacks.metrics`, all NaN
-        for an attack that is not applicable; and for the same update the expected success rate of
-        a ``random`` and of a ``uniform`` guess, and the success rate of the ``oracle`` (NaN for a
-        layer without bias); the same three of ``presence_f1``, with that name behind theirs.
+        be ambiguous; ``defenses`` (where a scenario has some) in short, as
+        `analysis.defenses.defense_labels` has them; ``round``, ``client``, ``identity`` (of the
+        client in the population; -1 for a cohort); ``attack`` (its label), ``title``,
+        ``knowledge``, ``answers`` (``counts``, ``presence`` or ``distribution``), ``target``
+        (``update``, or ``accumulated``: scored against the labels of all updates of the client so
+        far), ``adapted`` (the plain attack that it adapts to the defences; empty for a plain one),
+        ``applicable``, ``obstacle`` (why it is not applicable), ``broken`` (its assumptions that
+        the scenario breaks, and what was found instead, as JSON); ``accuracy`` of the round's model
+        (NaN where it was not evaluated), ``residual`` (see below); every metric of
+        `testbed.attacks.metrics`, all NaN for an attack that is not applicable; and for the same
+        truth the expected success rate of a ``random`` and of a ``uniform`` guess, and the success
+        rate of the ``oracle`` (NaN for a layer without bias, and for the target ``accumulated``);
+        the same three of ``presence_f1``, with that name behind theirs.
 
         ``residual`` is the self-test of the gradients: their sum over the classes, which is 0 but
-        for rounding, over the sum of their sizes. NaN where something must differ: where there are
-        several local steps (the oracle is not exact then) or defences.
+        for rounding, over the sum of their sizes. NaN where the oracle need not be exact: where
+        there are defences, batches of different sizes, or local steps that are not plain gradient
+        descent.
 
         ``attrs["columns"]`` of the frame gives the column of each dotted key.
 
@@ -74,25 +90,32 @@ def load(*paths: str | Path) -> "pd.DataFrame":
     heads: list[dict[str, Any]] = []
     parts: list[Mapping[str, NDArray[Any]]] = []
     swept: dict[str, None] = {}
+    defended: list[object] = []
     for path in paths:
         with open_results(path) as results:
             for scenario in results.scenarios:
                 swept.update(dict.fromkeys(scenario.swept))
+                defended.append(scenario.parameters.get(DEFENSES))
                 before = {"file": str(path), "scenario": scenario.index}
                 for block in scenario.blocks():
-                    for label, columns in _score(scenario, *block):
+                    for label, columns in score_rounds(scenario, *block):
                         after = _describe(label, scenario.attacks[label])
                         heads.append({**before, **after, "parameters": scenario.parameters})
                         parts.append(columns)
 
+    if any(defended):
+        swept[DEFENSES] = None
     names = column_names(swept, _known())
-    order = ["file", "scenario", *names.values(), "round", "client", *ATTACK, *_UPDATE]
+    order = ["file", "scenario", *names.values(), *_KEYS, *ATTACK, *_UPDATE]
     order += [*METRICS, *_baselines()]
     if not parts:
         return pd.DataFrame(columns=order)
+    shown = defense_labels(defended)
     for head in heads:
         parameters = head.pop("parameters")
         head.update({column: _cell(parameters.get(key)) for key, column in names.items()})
+        if DEFENSES in names:
+            head[names[DEFENSES]] = shown[defense_key(parameters.get(DEFENSES))]
     sizes = [len(columns["round"]) for columns in parts]
     # One row per block, repeated: no column is built value by value.
     constant = pd.DataFrame(heads).loc[np.repeat(np.arange(len(heads)), sizes)]
@@ -131,7 +154,7 @@ def column_names(swept: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
     """
     # Where a data set lies on some machine is no property of the scenario.
     keys = [key for key in swept if key not in STANDARD and key != "data.root"]
-    last = [key.rpartition(".")[2] for key in keys]
+    last = [_NAMES.get(key, key.rpartition(".")[2]) for key in keys]
     used = {*taken, *STANDARD.values()}
     short = [name not in used and last.count(name) == 1 for name in last]
     return STANDARD | {
@@ -150,28 +173,62 @@ def varying_columns(frame: "pd.DataFrame") -> list[str]:
     return [name for name in parameter_columns(frame) if frame[name].nunique(dropna=False) > 1]
 
 
-def baseline_columns(metric: str) -> dict[str, str]:
-    """Return the columns with what baselines score by a metric; empty where there are none."""
-    from testbed.attacks.metrics import GUESSES
-
-    if metric not in GUESSES:
-        return {}
-    return {name: name if metric == "asr" else f"{name}_{metric}" for name in BASELINES}
-
-
 def attack_names(frame: "pd.DataFrame") -> dict[str, str]:
-    """Return for each attack's label what to call it: its title where that is unambiguous."""
-    pairs = frame[["attack", "title"]].drop_duplicates()
-    unique = not (pairs["attack"].duplicated() | pairs["title"].duplicated()).any()
-    shown = pairs["title"] if unique else pairs["attack"]
-    return dict(zip(pairs["attack"], shown, strict=True))
+    """Return for each attack's label what to call it: its title where that is unambiguous.
+
+    In the order of the frame, but each adapted attack behind the plain one, and behind that the
+    one on all updates so far.
+    """
+    import pandas as pd
+
+    rows = frame[["attack", "title", "target", "adapted"]].drop_duplicates()
+    # Where a defence gives nothing to adapt to, the attack on all rounds has the plain one's title.
+    title = rows["title"].str.removesuffix(_ADAPTED)
+    suffix = np.where(rows["target"] == ACCUMULATED, f", {ACCUMULATED}", _ADAPTED)
+    title = title + np.where(rows["adapted"] != "", suffix, "")
+    rows = rows.assign(title=title).drop_duplicates(["attack", "title"])
+    first = rows.drop_duplicates("attack")
+    first = pd.concat(
+        [first[first["target"] != ACCUMULATED], first[first["target"] == ACCUMULATED]]
+    )
+    unique = not (rows["attack"].duplicated() | rows["title"].duplicated()).any()
+    names = dict(zip(first["attack"], first["title"] if unique else first["attack"], strict=True))
+    plain = dict(zip(first["attack"], first["adapted"], strict=True))
+    return {label: names[label] for label in family_order(names, plain)}
+
+
+def family_order(labels: Iterable[str], plain: Mapping[str, str]) -> list[str]:
+    """Return attacks in their order, but each adapted one behind the plain one.
+
+    Parameters
+    ----------
+    labels
+        Of the attacks.
+    plain
+        By label, that of the attack that it adapts.
+    """
+    known = list(labels)
+
+    def family(label: str) -> list[str]:
+        return [label] + [member for one in known if plain[one] == label for member in family(one)]
+
+    return [label for root in known if plain[root] not in known for label in family(root)]
+
+
+def of_updates(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """Return the rows about single updates, or all where every one is about several of a client.
+
+    Guesses differ between the two: the labels of many updates are easier to guess.
+    """
+    rows = frame[frame["target"] != ACCUMULATED]
+    return frame if rows.empty else rows
 
 
 def _known() -> set[str]:
     """Return the columns that are no parameters."""
     from testbed.attacks.metrics import METRICS
 
-    return {"file", "scenario", "round", "client", *ATTACK, *_UPDATE, *METRICS, *_baselines()}
+    return {"file", "scenario", *_KEYS, *ATTACK, *_UPDATE, *METRICS, *_baselines()}
 
 
 def _baselines() -> list[str]:
@@ -182,88 +239,10 @@ def _baselines() -> list[str]:
 
 def _describe(label: str, info: "AttackInfo") -> dict[str, Any]:
     values = (
-        *(label, info.title, info.knowledge, info.answers),
+        *(label, info.title, info.knowledge, info.answers, info.target, info.adapted),
         *(not info.not_applicable, info.not_applicable, json.dumps(dict(info.broken))),
     )
     return dict(zip(ATTACK, values, strict=True))
-
-
-def _score(
-    scenario: "Scenario", start: int, stop: int
-) -> Sequence[tuple[str, Mapping[str, NDArray[Any]]]]:
-    """Return the varying columns of a range of rounds for each attack."""
-    from testbed.attacks import metrics
-
-    truth = scenario.array("truth/counts", start, stop)
-    known: NDArray[np.bool_] = np.all(truth >= 0, axis=-1)
-    if not known.any():
-        return []
-    rounds, clients = np.nonzero(known)
-    truth = truth[known].astype(np.int64)
-    labels = truth.sum(axis=-1)
-    if scenario.has("observations/labels"):
-        believed = scenario.array("observations/labels", start, stop)[known]
-    else:
-        believed = labels
-    accuracy = np.full(stop - start, np.nan)
-    if scenario.has("rounds/accuracy"):
-        accuracy = scenario.array("rounds/accuracy", start, stop)
-    common = {
-        "round": scenario.array("round", start, stop)[rounds],
-        "client": scenario.array("client")[clients],
-        "accuracy": accuracy[rounds],
-        **_self_test(scenario, start, stop, known, truth),
-    }
-    for metric, guesses in metrics.GUESSES.items():
-        columns = baseline_columns(metric)
-        common |= {columns[name]: expected(truth, believed) for name, expected in guesses.items()}
-    nothing = dict.fromkeys(metrics.METRICS, np.full(len(truth), np.nan))
-    scored = []
-    for label, info in scenario.attacks.items():
-        values = nothing
-        if not info.not_applicable:
-            answers = scenario.array(f"attacks/{label}/{info.answers}", start, stop)[known]
-            values = metrics.score(info.answers, truth, answers, believed)
-        scored.append((label, {**common, **values}))
-    return scored
-
-
-def _self_test(
-    scenario: "Scenario", start: int, stop: int, known: NDArray[np.bool_], truth: NDArray[Any]
-) -> dict[str, NDArray[np.float64]]:
-    """Return what the oracle scores, and how far the gradients are from the sum they must have."""
-    from testbed.attacks import metrics
-
-    labels = truth.sum(axis=-1)
-    # The stored gradient is the sum over the local steps, each of which saw one batch.
-    batch = scenario.parameters.get("federation.batch_size", 0)
-    steps = np.maximum(labels // batch, 1) if batch else np.ones_like(labels)
-    row_sums = scenario.array("observations/row_sums", start, stop)[known]
-    residual = _unbalance(row_sums)
-    oracle = np.full(truth.shape, -1)
-    if scenario.has("observations/bias_gradient"):
-        bias = scenario.array("observations/bias_gradient", start, stop)[known]
-        residual = np.fmax(residual, _unbalance(bias))
-        posterior = scenario.array("truth/posterior", start, stop)[known]
-        oracle = metrics.oracle_counts(posterior, bias / steps[:, None], labels)
-    defended = any(
-        key.partition(".")[0] in _DEFENCES and value for key, value in scenario.parameters.items()
-    )
-    plain = (steps == 1) & (not defended)
-    columns = {
-        baseline_columns(metric)["oracle"]: metrics.METRICS[metric](truth, oracle)
-        for metric in metrics.GUESSES
-    }
-    return {"residual": np.where(plain, residual, np.nan), **columns}
-
-
-def _unbalance(gradients: NDArray[Any]) -> NDArray[np.float64]:
-    """Return |sum| over sum of sizes, in [0, 1]; NaN where an entry is not finite, or all are 0."""
-    values = np.where(np.isfinite(gradients), gradients, 0).astype(np.float64)
-    size = np.abs(values).sum(axis=-1)
-    valid = np.isfinite(gradients).all(axis=-1) & (size > 0)
-    ratio = np.abs(values.sum(axis=-1)) / np.where(size > 0, size, 1)
-    return np.where(valid, ratio, np.nan)
 
 
 def _cell(value: object) -> Any:

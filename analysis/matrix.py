@@ -2,15 +2,17 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analysis.figures import describe, set_title
-from analysis.load import attack_names
+from analysis.load import attack_names, family_order, of_updates
 from analysis.notes import BROKEN, parameters, plain
 from analysis.scenarios import outermost_first, pages
+from analysis.score import ACCUMULATED
 from analysis.success import LABELS
 
 if TYPE_CHECKING:
@@ -25,12 +27,16 @@ _WIDTH, _HEIGHT, _GAP = 0.46, 0.25, 0.4
 _FONT = 8
 _LINE = 11  # points
 _CHARACTER = 0.6 * _FONT / 72
+# Of a label that stands upright: what it is broken at, and the lines that fit into a column.
+_UPRIGHT, _MOST_LINES = 34, 3
 _COLOURS = "RdBu_r"
 _MISSING = "0.88"
 
 
 def matrix_figures(summary: "pd.DataFrame", title: str) -> "list[Figure]":
     """Draw the mean of every attack in every scenario, the best attack on top.
+
+    Attacks adapted to the defences have their rows beneath the plain ones'.
 
     Parameters
     ----------
@@ -48,7 +54,11 @@ def matrix_figures(summary: "pd.DataFrame", title: str) -> "list[Figure]":
     columns = parameters(summary)
     scenarios = summary.drop_duplicates("scenario")[["scenario", *columns]]
     ranked = summary.groupby("attack", sort=False)["mean"].mean()
-    order = ranked.sort_values(ascending=False, kind="stable").index.tolist()
+    attacks = summary.drop_duplicates("attack")
+    summed = attacks.loc[attacks["target"] == ACCUMULATED, "attack"].tolist()
+    best = ranked.sort_values(ascending=False, kind="stable").index.tolist()
+    best.sort(key=lambda label: label in summed)
+    order = family_order(best, dict(zip(attacks["attack"], attacks["adapted"], strict=True)))
     names = attack_names(summary)
     return [
         _draw(page, summary[summary["scenario"].isin(page["scenario"])], order, names, title)
@@ -73,40 +83,49 @@ def _draw(
     )
     broken = cells["broken"].unstack("scenario").reindex(index=order, columns=columns)
     marked = broken.notna().to_numpy() & (broken != "{}").to_numpy() & ~np.isnan(mean)
-    most = summary.sort_values("repetitions", kind="stable").groupby("scenario").last()
-    base = most.loc[columns, list(_BASELINES)].to_numpy(float).T
-    uniform = most.loc[columns, "uniform"].to_numpy(float)
+    most = of_updates(summary).sort_values("repetitions", kind="stable").groupby("scenario").last()
+    uniform = most["uniform"].reindex(columns).to_numpy(float)
+    below_them = {
+        name: most[column].reindex(columns).to_numpy(float) for column, name in _BASELINES.items()
+    }
+    summed = summary[summary["target"] == ACCUMULATED]
+    if not summed.empty and len(summed) < len(summary):
+        guess = summed.groupby("scenario")["uniform"].mean().reindex(columns).to_numpy(float)
+        below_them["uniform guess, accumulated"] = guess
+    base = np.array(list(below_them.values()))
 
-    levels = outermost_first(page)
+    levels = [_Level.of(page, name) for name in reversed(outermost_first(page))]
     knows = summary.drop_duplicates("attack").set_index("attack")["knowledge"]
     rows = [f"{names[label]}  ({knows.get(label, '')})" for label in order]
-    height = len(order) + _GAP + len(_BASELINES)
-    margin = _CHARACTER * max(map(len, [*rows, *levels]))
+    height = len(order) + _GAP + len(base)
+    margin = _CHARACTER * max(map(len, [*rows, *below_them, *(level.name for level in levels)]))
     figure = Figure(
         figsize=(
             max(margin + _WIDTH * len(columns) + 1.9, 6),
-            _HEIGHT * height + 0.2 * len(levels) + 1.5,
+            _HEIGHT * height + sum(level.points for level in levels) / 72 + 1.5,
         )
     )
     axes = figure.add_subplot()
     mesh = _fill(axes, np.arange(len(order) + 1), mean, advantage, marked)
-    below = len(order) + _GAP + np.arange(len(_BASELINES) + 1)
+    below = len(order) + _GAP + np.arange(len(base) + 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         ahead = np.where(uniform < 1, (base - uniform) / (1 - uniform), np.nan)
+    # A guess by itself, about other labels than the rest.
+    ahead[len(_BASELINES) :] = np.where(np.isnan(base[len(_BASELINES) :]), np.nan, 0)
     _fill(axes, below, base, ahead, np.zeros(base.shape, bool))
     axes.set_ylim(height, 0)
     ticks = [*(np.arange(len(order)) + 0.5), *(below[:-1] + 0.5)]
-    axes.set_yticks(ticks, [*rows, *_BASELINES.values()], parse_math=False)
+    axes.set_yticks(ticks, [*rows, *below_them], parse_math=False)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.grid(visible=False)
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
-    _label_columns(axes, page, levels)
+    _label_columns(axes, levels)
     common = {
         name: page[name].iloc[0]
         for name in parameters(summary)
-        if name not in levels and plain(page[name].iloc[0])
+        if name not in {level.name for level in levels} and plain(page[name].iloc[0])
     }
     axes.set_title(describe(common, width=max(40, 7 * len(columns))), parse_math=False)
     _add_scale(figure, axes, mesh)
@@ -151,43 +170,75 @@ def _fill(
     return mesh
 
 
-def _label_columns(axes: "Axes", page: "pd.DataFrame", levels: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class _Level:
+    """A parameter beneath the columns.
+
+    Attributes
+    ----------
+    name
+        Of the parameter.
+    labels
+        By the first column and the one behind the last that share a value, how it is shown.
+    upright
+        Whether the labels stand upright: words are not cut where one is wider than its columns.
+    points
+        How much room the line takes.
+    """
+
+    name: str
+    labels: Mapping[tuple[int, int], str]
+    upright: bool
+    points: float
+
+    @staticmethod
+    def of(page: "pd.DataFrame", name: str) -> "_Level":
+        """Return the level of a parameter, whose spans end where those of outer ones do."""
+        order = outermost_first(page)
+        outer = page[order[: order.index(name) + 1]].astype(str)
+        new = np.r_[True, (outer.to_numpy()[1:] != outer.to_numpy()[:-1]).any(axis=1)]
+        starts = np.flatnonzero(new).tolist()
+        spans = list(zip(starts, [*starts[1:], len(page)], strict=True))
+        shown = {span: plain(page[name].iloc[span[0]]) or "none" for span in spans}
+        room = {span: int((span[1] - span[0]) * _WIDTH / _CHARACTER) for span in spans}
+        upright = any(max(map(len, text.split())) > room[span] for span, text in shown.items())
+        labels = {
+            span: textwrap.fill(
+                text,
+                max(_UPRIGHT, len(text) // _MOST_LINES + 9) if upright else room[span],
+                break_long_words=not upright,
+                break_on_hyphens=not upright,
+            )
+            for span, text in shown.items()
+        }
+        lines = [text.split("\n") for text in labels.values()]
+        longest = max(len(line) for each in lines for line in each)
+        points = 72 * _CHARACTER * longest if upright else _LINE * max(map(len, lines))
+        return _Level(name, labels, upright, points + 3)
+
+
+def _label_columns(axes: "Axes", levels: Sequence[_Level]) -> None:
     """Write the parameters beneath the columns: a line each, the innermost on top."""
-    runs = np.zeros(len(page), int)
-    spans: dict[str, list[tuple[int, int]]] = {}
-    for name in levels:
-        values = page[name].astype(str).to_numpy()
-        new = np.r_[True, (values[1:] != values[:-1]) | (runs[1:] != runs[:-1])]
-        runs = np.cumsum(new)
-        starts = np.flatnonzero(new)
-        spans[name] = list(zip(starts, [*starts[1:], len(page)], strict=True))
     depth = -4.0
     place: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-    for name in reversed(levels):
-        shown = {start: plain(page[name].iloc[start]) or "none" for start, _ in spans[name]}
-        widths = {start: int((stop - start) * _WIDTH / _CHARACTER) for start, stop in spans[name]}
-        # Words are not cut: where one is wider than its column, the line stands upright.
-        upright = any(max(map(len, text.split())) > widths[at] for at, text in shown.items())
-        texts = []
-        for start, stop in spans[name]:
-            lines = shown[start] if upright else textwrap.fill(shown[start], widths[start])
-            texts.append(lines)
-            if start and name != levels[-1]:
+    for level in levels:
+        for (start, stop), label in level.labels.items():
+            if start and level is not levels[0]:
                 axes.axvline(start, color="white", lw=3)
             axes.annotate(
-                texts[-1],
+                label,
                 ((start + stop) / 2, 0),
                 (0, depth),
                 ha="center",
                 va="top",
-                rotation=90 if upright else 0,
+                rotation=90 if level.upright else 0,
                 fontsize=_FONT,
                 parse_math=False,
                 annotation_clip=False,
                 **place,
             )
         axes.annotate(
-            name.replace("_", " "),
+            level.name.replace("_", " "),
             (0, 0),
             (-4, depth),
             ha="right",
@@ -198,9 +249,7 @@ def _label_columns(axes: "Axes", page: "pd.DataFrame", levels: Sequence[str]) ->
             annotation_clip=False,
             **place,
         )
-        lines_below = max(text.count("\n") + 1 for text in texts)
-        points = 72 * _CHARACTER * max(map(len, texts)) if upright else _LINE * lines_below
-        depth -= points + 3
+        depth -= level.points
 
 
 def _add_scale(figure: "Figure", axes: "Axes", mesh: Any) -> None:

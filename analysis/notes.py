@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from analysis.load import attack_names, baseline_columns, varying_columns
+from analysis.load import attack_names, of_updates, varying_columns
+from analysis.score import ACCUMULATED, baseline_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,6 +53,9 @@ def table_notes(
     ]
     notes += [", ".join(fixed)] if fixed else []
     names = attack_names(summary)
+    summed = summary.loc[summary["target"] == ACCUMULATED, "attack"].unique().tolist()
+    what = "about all updates of a client so far, with guesses of their own"
+    notes += _grouped("scored otherwise", {what: summed} if summed else {}, names)
     notes += _grouped(f"{BROKEN} the scenario breaks an assumption", _broken(scored), names)
     idle = summary[~summary["applicable"]]
     reasons = {
@@ -79,17 +83,17 @@ def not_finite(frame: "pd.DataFrame") -> list[str]:
 
 
 def self_test(frame: "pd.DataFrame") -> str:
-    """Return how the updates do that are plain gradients, where two identities must hold.
+    """Return how the updates do that are sums of plain gradients: two identities must hold.
 
     Parameters
     ----------
     frame
         As `analysis.load` returns it.
     """
-    updates = frame.drop_duplicates(UPDATE)
+    updates = of_updates(frame).drop_duplicates(UPDATE)
     plain_ones = updates[updates["residual"].notna()]
     if plain_ones.empty:
-        return "self-test: none, since no update is the plain, finite gradient of one step"
+        return "self-test: none, since no update is the plain, finite gradient of local steps"
     facts = []
     oracle = plain_ones["oracle"].dropna()
     failed = int((oracle < 1).sum())

@@ -135,7 +135,9 @@ def _points(
         x, y = truth[known].astype(np.float64), sums[known].astype(np.float64)
         moments.add(x, y)
         if offsets is not None:
-            offset = scenario.array(offsets, start, stop)[:, None, :]
+            offset = scenario.array(offsets, start, stop)
+            # One for all clients, or one for each where their local steps vary.
+            offset = offset if offset.ndim == sums.ndim else offset[:, None]
             adjusted.add(x, (sums - offset)[known])
         xs.append(x[::stride])
         ys.append(y[::stride])

@@ -149,43 +149,81 @@ class _Scenario:
 
     def _run(self, number: int, rows: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
         """Return what the attacks add to a round; nothing where no update was attacked."""
+        attacked: NDArray[np.bool_] = np.all(rows["truth/counts"] >= 0, axis=-1)
+        if "observations/labels" in rows:
+            attacked &= rows["observations/labels"] >= 0
+        else:  # version 1.0
+            attacked &= rows["updates/finite"] == 1
+        seen, steps = np.flatnonzero(attacked), self._steps(rows)
+        added: dict[str, Any] = {}
+        # A calibration serves all updates of equally many local steps.
+        for count in np.unique(steps[seen]):
+            group = seen[steps[seen] == count]
+            whole = self._observations(rows, group, int(count))
+            for one in self._active:
+                started = time.perf_counter()
+                found = self._answer(one, number, rows, whole)
+                for path, (values, each) in found.items():
+                    if each:
+                        kept = added.get(path)
+                        added[path] = _spread(values, group, len(attacked), kept)
+                    else:
+                        added[path] = values[0]
+                timing = f"timings/attacks/{one.label}"
+                added[timing] = added.get(timing, 0.0) + time.perf_counter() - started
+        return added
+
+    def _answer(
+        self,
+        one: Replayed,
+        number: int,
+        rows: Mapping[str, NDArray[Any]],
+        whole: "Observations",
+    ) -> dict[str, tuple[NDArray[Any], bool]]:
+        """Return answers and calibration of a group by path, and whether they have clients."""
         from testbed.attacks.checks import check_calibration
         from testbed.attacks.inference import infer_in_chunks
 
-        attacked: NDArray[np.bool_] = np.all(rows["truth/counts"] >= 0, axis=-1)
-        seen = np.flatnonzero((rows["updates/finite"] == 1) & attacked)
-        if len(seen) == 0:
-            return {}
-        whole = self._observations(rows, seen)
-        clients, lengths = len(attacked), {**self._stored.lengths, "client": len(seen)}
-        added: dict[str, Any] = {}
-        for one in self._active:
-            started = time.perf_counter()
-            label, attack, source = one.label, one.attack, self._sources[one.label]
-            observations = whole.restricted(attack)
-            each = {name for name, (axes, _) in attack.arrays().items() if axes[:1] == ("client",)}
-            if source is None:
-                calibration = self._calibrate(one, number, observations)
-            else:
-                calibration = {}
-                for name in attack.arrays():
-                    values = rows[f"attacks/{source}/calibration/{name}"]
-                    calibration[name] = values[seen] if name in each else values[None]
-            check_calibration(label, attack, calibration, lengths)
-            answers = infer_in_chunks(label, attack, observations, calibration)
-            added[f"attacks/{label}/{attack.answers.value}"] = _spread(answers, seen, clients)
-            for name, values in calibration.items():
-                row = _spread(values, seen, clients) if name in each else values[0]
-                added[f"attacks/{label}/calibration/{name}"] = row
-            added[f"timings/attacks/{label}"] = time.perf_counter() - started
-        return added
+        label, attack, source = one.label, one.attack, self._sources[one.label]
+        group, observations = whole.keys, whole.restricted(attack)
+        each = {name for name, (axes, _) in attack.arrays().items() if axes[:1] == ("client",)}
+        if source is None:
+            calibration = self._calibrate(one, number, observations)
+        else:
+            calibration = {}
+            for name in attack.arrays():
+                path = f"attacks/{source}/calibration/{name}"
+                if name in each:
+                    calibration[name] = rows[path][group]
+                elif self._stored.arrays[path].axes[1:2] == ("client",):
+                    # Where steps vary, each update has a copy of what is one for its group.
+                    calibration[name] = rows[path][group[:1]]
+                else:
+                    calibration[name] = rows[path][None]
+        lengths = {**self._stored.lengths, "client": len(group)}
+        check_calibration(label, attack, calibration, lengths)
+        answers = infer_in_chunks(label, attack, observations, calibration)
+        found = {f"attacks/{label}/{attack.answers.value}": (answers, True)}
+        for name, values in calibration.items():
+            path = f"attacks/{label}/calibration/{name}"
+            if self._stored.varying and name not in each:
+                values = np.broadcast_to(values, (len(group), *values.shape[1:]))
+            found[path] = (values, self._stored.varying or name in each)
+        return found
+
+    def _steps(self, rows: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+        """Return the local steps of each update, [client]."""
+        clients = len(rows["truth/counts"])
+        if "updates/local_steps" in rows and len(rows["updates/local_steps"]) == clients:
+            return rows["updates/local_steps"].astype(np.int64)
+        return np.full(clients, self._stored.facts.local_steps)
 
     def _calibrate(self, one: Replayed, number: int, observations: "Observations") -> "Calibration":
         """Make a calibration that takes no model, with the seed that a run would have used."""
         from testbed.attacks.offline import ArrayAdversary, NotGivenError
         from testbed.seeds import Purpose, seed64
 
-        scenario, steps = self._stored.scenario, self._stored.facts.local_steps
+        scenario, steps = self._stored.scenario, observations.local_steps
         key = (scenario.index, number, zlib.crc32(one.label.encode()))
         adversary = ArrayAdversary(
             one.attack.knowledge,
@@ -204,7 +242,7 @@ class _Scenario:
             raise UserError(f"{self._where}: attack {one.label!r}: {error}") from None
 
     def _observations(
-        self, rows: Mapping[str, NDArray[Any]], seen: NDArray[np.int64]
+        self, rows: Mapping[str, NDArray[Any]], seen: NDArray[np.int64], steps: int
     ) -> "Observations":
         from testbed.attacks import Observations
 
@@ -220,10 +258,11 @@ class _Scenario:
             weight_gradient=part("observations/weight_gradient"),
             labels=labels.astype(np.int64),
             keys=seen,
-            local_steps=self._stored.facts.local_steps,
+            local_steps=steps,
             statistics=part("observations/statistics"),
             update=part("observations/update"),
             posterior=part("truth/posterior"),
+            norm=part("observations/norm"),
         )
         for array in vars(observations).values():
             if isinstance(array, np.ndarray):
@@ -232,7 +271,8 @@ class _Scenario:
 
     def _observed(self) -> set[str]:
         """Return the paths of what the attacks look at, as far as there is such a thing."""
-        names = {"observations/row_sums", "observations/labels", "truth/posterior"}
+        names = {"truth/posterior", "updates/local_steps"}
+        names |= {f"observations/{name}" for name in ("row_sums", "labels", "norm")}
         names |= {path for one in self._active for path in _observed_paths(one.attack)}
         return names & self._stored.arrays.keys()
 
@@ -249,7 +289,12 @@ class _Scenario:
 
         declared, stored = set(one.attack.arrays()), self._stored
         attacks = stored.scenario.attacks
-        fitting: list[str] = [label for label in attacks if declared == stored.calibration(label)]
+        # Calibrations for sums over rounds are of other steps than those of the round.
+        fitting: list[str] = [
+            label
+            for label, info in attacks.items()
+            if info.target == "update" and declared == stored.calibration(label)
+        ]
         if one.calibration:
             if one.calibration in fitting:
                 return one.calibration
@@ -290,6 +335,7 @@ class _Scenario:
         made = scenario_arrays(
             bias=False,
             weight=False,
+            varying=stored.varying,
             attacks={
                 one.label: (
                     one.attack.answers.value,
@@ -318,6 +364,7 @@ class _Scenario:
                 **{label: AttackHeader(**vars(scenario.attacks[label])) for label in kept},
                 **{one.label: self._described(one) for one in chosen},
             },
+            privacy=scenario.privacy,
         )
 
     def _described(self, one: Replayed) -> "AttackHeader":
@@ -353,14 +400,20 @@ def _observed_paths(attack: "Attack") -> dict[str, str]:
     return {f"observations/{name}": kept_by for name, kept_by in shown}
 
 
-def _spread(values: NDArray[Any], seen: NDArray[np.int64], clients: int) -> NDArray[Any]:
-    """Return values of the attacked updates as those of all clients, as the server does."""
+def _spread(
+    values: NDArray[Any], seen: NDArray[np.int64], clients: int, kept: NDArray[Any] | None
+) -> NDArray[Any]:
+    """Return values of the attacked updates as those of all clients, as the server does.
+
+    ``kept`` holds those of other updates of the round, if there are any.
+    """
     if values.dtype == np.bool_:
         values = values.astype(np.int8)
-    fill = {"f": np.nan, "i": -1, "u": 0}[values.dtype.kind]
-    spread = np.full((clients, *values.shape[1:]), fill, values.dtype)
-    spread[seen] = values
-    return spread
+    if kept is None:
+        fill = {"f": np.nan, "i": -1, "u": 0}[values.dtype.kind]
+        kept = np.full((clients, *values.shape[1:]), fill, values.dtype)
+    kept[seen] = values
+    return kept
 
 
 def _attributes(results: "Results", chosen: Sequence[Replayed]) -> dict[str, str]:

@@ -6,6 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from analysis.defenses import NONE, defense_label, named
+from analysis.load import DEFENSES
+from analysis.score import ACCUMULATED
+
 if TYPE_CHECKING:
     from testbed.results.reader import Rank, Results, Scenario
 
@@ -38,6 +42,7 @@ def show(path: str | Path) -> str:
                 *_attacks(results.scenarios),
                 "",
                 *_obstacles(results.scenarios),
+                *_federation(results.scenarios),
                 *_scenarios(results.scenarios),
                 "",
             ]
@@ -106,7 +111,10 @@ def _attacks(scenarios: Sequence["Scenario"]) -> list[str]:
     for scenario in scenarios:
         for label, info in scenario.attacks.items():
             options = ", ".join(f"{name}={value}" for name, value in info.options.items())
-            knows, answers = f"knows {info.knowledge}", f"answers {info.answers}"
+            knows = f"knows {info.knowledge}" + (" and the defences" if info.adapted else "")
+            answers = f"answers {info.answers}"
+            if info.target == ACCUMULATED:
+                answers += " of all updates so far"
             lines[label, info.title, knows, answers, options or "no options", info.source] = None
     return ["attacks", *_aligned(lines)] if lines else ["attacks  none"]
 
@@ -130,6 +138,97 @@ def _obstacles(scenarios: Sequence["Scenario"]) -> list[str]:
         if obstacles:
             lines += [head, *_aligned(_alike(obstacles, len(scenarios))), ""]
     return lines
+
+
+def _federation(scenarios: Sequence["Scenario"]) -> list[str]:
+    """Return how clients train, divide the data and defend themselves, and what came of it.
+
+    One line for each set of scenarios with the same.
+    """
+    lines = []
+    for head, tell in (
+        ("training", _training),
+        ("partition", _partition),
+        ("defences", _defences),
+        ("adapted attacks", _adaptations),
+        ("privacy", _privacy),
+        ("drop-outs", _dropouts),
+    ):
+        found: dict[str, list[int]] = {}
+        for scenario in scenarios:
+            for text in tell(scenario):
+                found.setdefault(text, []).append(scenario.index)
+        if found and list(found) != [NONE]:
+            told = [[text, _where(where, len(scenarios))] for text, where in found.items()]
+            lines += [head, *_aligned(told), ""]
+    return lines
+
+
+def _training(scenario: "Scenario") -> list[str]:
+    told = scenario.parameters.get
+    algorithm = told("federation.algorithm")
+    if algorithm is None:
+        return []
+    words = [str(algorithm)]
+    for key in ("local_steps", "local_epochs", "momentum", "weight_decay", "proximal"):
+        value = told(f"federation.{key}")
+        if value:
+            words.append(f"{key.replace('_', ' ')} {value:g}")
+    optimizer = told("federation.server.optimizer", "sgd")
+    rate = told("federation.server.learning_rate", 1)
+    if optimizer != "sgd" or rate != 1:
+        words.append(f"server {optimizer}, rate {rate:g}")
+    clients = _number(scenario.members, "client")
+    population = told("federation.population")
+    words.append(f"{clients} of {population}" if population else clients)
+    return [", ".join(words)]
+
+
+def _partition(scenario: "Scenario") -> list[str]:
+    section = {
+        key.removeprefix("partition."): value
+        for key, value in scenario.parameters.items()
+        if key.startswith("partition.") and value is not None
+    }
+    kind = section.pop("kind", None)
+    return [] if kind is None else [named(str(kind), section)]
+
+
+def _defences(scenario: "Scenario") -> list[str]:
+    if DEFENSES in scenario.swept:
+        return []  # a column of the scenarios
+    return [defense_label(scenario.parameters.get(DEFENSES))]
+
+
+def _adaptations(scenario: "Scenario") -> list[str]:
+    attacks = scenario.attacks.values()
+    said = dict.fromkeys(sentence for info in attacks for sentence in info.adaptation)
+    return ["; ".join(said)] if said else []
+
+
+def _privacy(scenario: "Scenario") -> list[str]:
+    told = dict(scenario.privacy)
+    epsilon, delta, note = (told.pop(key, None) for key in ("epsilon", "delta", "note"))
+    if epsilon is None:
+        return []
+    text = f"epsilon {_rounded(epsilon)}" + (f" at delta {delta:g}" if delta else "")
+    rest = ", ".join(f"{key.replace('_', ' ')} {_rounded(value)}" for key, value in told.items())
+    text += f" ({rest})" if rest else ""
+    return [f"{text}: {note}" if note else text]
+
+
+def _dropouts(scenario: "Scenario") -> list[str]:
+    if not scenario.has("updates/arrived"):
+        return []
+    arrived = scenario.array("updates/arrived")
+    lost = int((arrived == 0).sum())
+    if not lost and not scenario.parameters.get("federation.dropout"):
+        return []
+    return [f"{lost:,} of {arrived.size:,} updates did not arrive"]
+
+
+def _rounded(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _alike(obstacles: _Found, scenarios: int) -> list[list[str]]:
@@ -161,8 +260,8 @@ def _scenarios(scenarios: Sequence["Scenario"]) -> list[str]:
     body = [
         [
             str(scenario.index),
-            *(_value(scenario.swept.get(key)) for key in keys),
-            str(scenario.clients),
+            *(_value(key, scenario.swept.get(key)) for key in keys),
+            str(scenario.members),
             str(scenario.classes),
             f"{scenario.committed}/{scenario.rounds}",
         ]
@@ -171,7 +270,9 @@ def _scenarios(scenarios: Sequence["Scenario"]) -> list[str]:
     return ["scenarios", *_aligned([head, *body])]
 
 
-def _value(value: Any) -> str:
+def _value(key: str, value: Any) -> str:
+    if key == DEFENSES:
+        return defense_label(value)
     if value is None:
         return "-"
     return value if isinstance(value, str) else json.dumps(value)

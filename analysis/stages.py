@@ -57,7 +57,7 @@ def stage_figures(
         if part[key].nunique(dropna=False) < 2:
             continue
         setting = dict(zip(further, values, strict=True))
-        shown = part if chosen else _best(part, most)
+        shown = part if chosen else best_attacks(part, most)
         name = _free("".join(f"-{_slug(*pair)}" for pair in setting.items()), figures)
         headed = f"{title}\n{describe(setting, width=80)}" if setting else title
         figures[name] = _draw(shown, key, facets, headed)
@@ -75,8 +75,8 @@ def _facets(summary: "pd.DataFrame", varying: Sequence[str]) -> list[str]:
     return [*others[: 2 - len(usual)], *usual]
 
 
-def _best(part: "pd.DataFrame", most: int) -> "pd.DataFrame":
-    """Return the rows of the attacks to draw, in the order of the legend."""
+def best_attacks(part: "pd.DataFrame", most: int) -> "pd.DataFrame":
+    """Return the rows of the attacks to draw, ``most`` at most, in the order of the legend."""
     means = part.groupby("attack", sort=False)["mean"].mean()
     if len(means) > most:
         # A self-test that is told the truth is no rival.

@@ -11,6 +11,7 @@ from testbed.attacks import Assumption, Attack
 from testbed.attacks.assumptions import Facts, assumptions, broken_assumptions
 from testbed.attacks.base import Knowledge
 from testbed.data import DATASETS, describe
+from testbed.defenses.withholding import WithholdLastLayer
 from testbed.errors import UserError
 from testbed.models.catalog import MODELS
 from testbed.results.reader import Scenario
@@ -68,7 +69,9 @@ class StoredScenario:
         """What of the scenario decides about the attacks' assumptions, as far as the file tells."""
         scenario = self.scenario
         told = scenario.parameters.get
+        # Where only sums over a cohort are seen, an update is of that many batches.
         size = int(told("federation.batch_size", 1))
+        size *= scenario.members if "member" in self.lengths else 1
         planted = (
             info.knowledge == Knowledge.MALICIOUS.value and not info.not_applicable
             for info in scenario.attacks.values()
@@ -77,20 +80,21 @@ class StoredScenario:
             classes=scenario.classes,
             features=self.lengths.get("feature") or self._features() or _UNKNOWN_FEATURES,
             bias="observations/bias_gradient" in self.arrays,
-            statistics=(
-                int(self.attributes["model_buffers"])
-                if told("federation.share_statistics", True)
-                else 0
-            ),
+            statistics=int(self.attributes["model_buffers"]) if self._shares_statistics() else 0,
             batch_size=size,
-            # Labels are the batch size times the local steps; round 0 is always attacked.
-            local_steps=max(1, int(self._labels() // size)),
+            local_steps=self._local_steps(size),
             known_size=told("adversary.batch_size", "known") == "known"
             and told("adversary.batch_size_factor", 1) == 1,
             fair_samples=not any(map(told, _SHIFTS)),
             statistics_noise=float(told("federation.statistics_noise") or 0),
             planted=any(planted),
+            withheld=self._withholds(),
         )
+
+    @property
+    def varying(self) -> bool:
+        """Whether clients may differ in their number of local steps."""
+        return self.scenario.parameters.get("federation.local_epochs") is not None
 
     def broken(self, attack: Attack) -> Mapping[str, str]:
         """Return which of an attack's assumptions the scenario breaks, and what was found."""
@@ -129,9 +133,26 @@ class StoredScenario:
             for path in paths
         )
 
-    def _labels(self) -> int:
+    def _shares_statistics(self) -> bool:
+        told = self.scenario.parameters.get
+        if "federation.share_statistics" in self.scenario.parameters:  # before version 1.2
+            return bool(told("federation.share_statistics"))
+        return str(told("federation.batch_norm", "aggregated")) == "aggregated"
+
+    def _local_steps(self, size: int) -> int:
+        """Return the local steps of an update; where they vary, of one in the middle."""
+        if "updates/local_steps" in self.arrays:
+            steps = self.scenario.array("updates/local_steps")
+            steps = steps[steps > 0]
+            return int(np.median(steps)) if steps.size else 1
+        # Labels are the batch size times the local steps; round 0 is always attacked.
         first = self.scenario.array("truth/counts", 0, 1)
-        return int(first.sum(axis=-1).max(initial=0))
+        return max(1, int(first.sum(axis=-1).max(initial=0) // size))
+
+    def _withholds(self) -> bool:
+        listed = self.scenario.parameters.get("defenses") or ()
+        names = [entry.get("name") for entry in listed if isinstance(entry, Mapping)]
+        return WithholdLastLayer.name in names
 
     def _features(self) -> int | None:
         told = self.scenario.parameters.get

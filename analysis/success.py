@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.figures import MARKERS, PALETTE, describe, grid, set_title
-from analysis.load import attack_names, varying_columns
+from analysis.load import attack_names, of_updates, varying_columns
 from analysis.notes import BROKEN, parameters
+from analysis.score import ACCUMULATED
 from analysis.table import LEVEL
 
 if TYPE_CHECKING:
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
 
 _MAX_PANELS = 16
 _BARS_PER_ROW = 8
+# Characters of a line beneath bars: more where a word would be cut.
+_LABEL, _LONGEST_LABEL = 20, 28
 _GREY = "0.35"
 BASELINES = {
     "random": ("random guess (expected)", "--"),
     "uniform": ("uniform guess", ":"),
     "oracle": ("oracle", "-."),
 }
+# Of attacks on all updates of a client so far.
+_ACCUMULATED: tuple[str, Any] = ("uniform guess, accumulated", (0, (1, 4)))
 LABELS = {"asr": "attack success rate", "presence_f1": "F1 score of the classes present"}
 
 
@@ -83,9 +88,18 @@ def draw_curves(
         x = rows["x"]
         axes.fill_between(x, rows["low"], rows["high"], color=colour, alpha=0.18, lw=0)
         axes.plot(x, rows["mean"], color=colour, marker=marker, ms=size, lw=1.4, label=name)
-    base = part.groupby("x")[list(BASELINES)].mean()
-    for column, (label, line) in BASELINES.items():
-        axes.plot(base.index, base[column], line, color=_GREY, lw=1.2, label=label, zorder=1.9)
+    for label, line, base in baseline_means(part):
+        axes.plot(base.index, base, ls=line, color=_GREY, lw=1.2, label=label, zorder=1.9)
+
+
+def baseline_means(part: "pd.DataFrame") -> "list[tuple[str, Any, pd.Series[float]]]":
+    """Return label, line style and mean over ``x`` of each guess, and of the oracle."""
+    base = of_updates(part).groupby("x")[list(BASELINES)].mean()
+    found = [(label, line, base[column]) for column, (label, line) in BASELINES.items()]
+    summed = part[part["target"] == ACCUMULATED]
+    if not summed.empty and len(summed) < len(part):
+        found.append((*_ACCUMULATED, summed.groupby("x")["uniform"].mean()))
+    return found
 
 
 def _bars(summary: "pd.DataFrame", varying: Sequence[str], title: str) -> "Figure":
@@ -102,9 +116,12 @@ def _bars(summary: "pd.DataFrame", varying: Sequence[str], title: str) -> "Figur
             list(varying or ("dataset", "distribution"))
         ]
         slanted = len(row) > 2
+        settings = first.to_dict("records")
+        words = " ".join(describe(setting, width=1000) for setting in settings).split()
+        width = min(max(_LABEL, *map(len, words)), _LONGEST_LABEL)
         axes.set_xticks(
             range(len(row)),
-            [describe(setting, width=20) for setting in first.to_dict("records")],
+            [describe(setting, width) for setting in settings],
             rotation=30 if slanted else 0,
             ha="right" if slanted else "center",
             rotation_mode="anchor" if slanted else "default",
@@ -135,10 +152,9 @@ def _draw_bars(
             label=name,
             error_kw={"lw": 1, "capsize": 2, "ecolor": "0.2"},
         )
-    base = part.groupby("x")[list(BASELINES)].mean()
-    for column, (label, line) in BASELINES.items():
+    for label, line, base in baseline_means(part):
         axes.hlines(
-            base[column],
+            base,
             base.index - 0.45,
             base.index + 0.45,
             color=_GREY,
@@ -194,14 +210,14 @@ def finish(
     note
         Added to what the legend says of them.
     label
-        Of the vertical axis.
+        Of the vertical axis of all panels; none where it is empty.
     """
     entries: dict[str, Artist] = {}
     for axes in panels:
         axes.set_ylim(0, 1.03)
         handles, labels = axes.get_legend_handles_labels()
         entries = {**dict(zip(labels, handles, strict=True)), **entries}
-    baselines = [name for name, _ in BASELINES.values()]
+    baselines = [name for name, _ in (*BASELINES.values(), _ACCUMULATED)]
     names = sorted(entries, key=lambda name: name in baselines)
     if any(name.endswith(BROKEN) for name in names):
         note += f"; {BROKEN} a scenario breaks an assumption"
@@ -214,5 +230,6 @@ def finish(
         ncols=min(len(names), max(2, int(figure.get_figwidth() / width))),
         title=f"{spread}: {LEVEL * 100:g} % interval of the mean{note}",
     )
-    figure.supylabel(label, fontsize=9)
+    if label:
+        figure.supylabel(label, fontsize=9)
     set_title(figure, title)

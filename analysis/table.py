@@ -7,14 +7,14 @@ import numpy as np
 from analysis.formats import RENDERERS, Page
 from analysis.load import (
     ATTACK,
-    BASELINES,
     attack_names,
-    baseline_columns,
+    of_updates,
     parameter_columns,
     varying_columns,
 )
 from analysis.notes import BROKEN, not_finite, parameters, plain, self_test, table_notes
 from analysis.scenarios import merge_seeds, outermost_first, pages
+from analysis.score import ACCUMULATED, BASELINES, baseline_columns
 from testbed.errors import UserError, suggest
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _BASELINE_TITLES = {
     "random": "random guess",
     "uniform": "uniform guess",
     "oracle": "oracle",
+    ACCUMULATED: "uniform guess, accumulated",
 }
 _SCENARIO = ["file", "scenario"]
 
@@ -217,12 +218,19 @@ def _baselines(summary: "pd.DataFrame") -> dict[str, dict[tuple[str, int], str]]
     """Return for each baseline the cell of each file and scenario."""
     if "random" not in summary:
         return {}
-    # Where one attack failed on some updates, the others' baselines cover more of them.
-    most = summary.sort_values("repetitions", kind="stable").groupby(_SCENARIO, sort=False)
-    means = most.last()
-    return {
-        name: dict(zip(means.index, map(_number, means[name]), strict=True)) for name in BASELINES
-    }
+    kinds = {name: (name, of_updates(summary)) for name in BASELINES}
+    summed = summary[summary["target"] == ACCUMULATED]
+    if not summed.empty and len(summed) < len(summary):
+        kinds[ACCUMULATED] = ("uniform", summed)
+    scenarios = summary.drop_duplicates(_SCENARIO)[_SCENARIO].itertuples(index=False, name=None)
+    empty = dict.fromkeys(scenarios, "-")
+    found = {}
+    for kind, (name, rows) in kinds.items():
+        # Where one attack failed on some updates, the others' baselines cover more of them.
+        most = rows.sort_values("repetitions", kind="stable").groupby(_SCENARIO, sort=False)
+        means = most.last()[name]
+        found[kind] = empty | dict(zip(means.index, map(_number, means), strict=True))
+    return found
 
 
 def _cell(mean: float, low: float, high: float, broken: str) -> str:

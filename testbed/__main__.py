@@ -1,4 +1,4 @@
-"""The command line: ``python -m testbed run | check | list``."""
+"""The command line: ``python -m testbed run | check | data | list``."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from testbed import __version__
+from testbed.data_commands import add_data_commands
 from testbed.errors import UserError
 
 _EPILOG = """\
@@ -67,14 +68,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_experiment(check)
     check.set_defaults(command=_check)
 
-    listing = commands.add_parser("list", help="print the attacks, models or data sets")
-    listing.add_argument("kind", choices=("attacks", "models", "datasets"))
+    add_data_commands(commands)
+
+    listing = commands.add_parser("list", help="print the attacks, defences, models or data sets")
+    listing.add_argument("kind", choices=("attacks", "defenses", "models", "datasets"))
     listing.set_defaults(command=_list)
     return parser
 
 
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", type=Path, help="experiment file (YAML)")
+    parser.add_argument(
+        "--profile", metavar="NAME", help="one of the file's profiles, as in reduced"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="overrides, as in federation.rounds=10"
     )
@@ -93,6 +99,7 @@ def _run(options: argparse.Namespace) -> int:
             output=options.output,
             overwrite=options.overwrite,
             progress=options.progress,
+            profile=options.profile,
         ),
     )
 
@@ -101,7 +108,8 @@ def _check(options: argparse.Namespace) -> int:
     from testbed.describe import describe_experiment
     from testbed.experiment import load_experiment
 
-    print(describe_experiment(load_experiment(options.experiment, options.overrides)))
+    resolved = load_experiment(options.experiment, options.overrides, options.profile)
+    print(describe_experiment(resolved))
     return 0
 
 

@@ -1,16 +1,24 @@
 """What an experiment would do, and what there is to choose from. Costs neither torch nor MPI."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from itertools import islice
+from typing import Any
 
 from testbed.attacks import Assumption, Observed, attacks
 from testbed.attacks.assumptions import Facts, assumptions, broken_assumptions, not_applicable
 from testbed.data import DATASETS, describe
+from testbed.defenses import defenses
 from testbed.experiment import ResolvedExperiment
 from testbed.models.catalog import MODELS, check_input
 from testbed.plan import ScenarioPlan, make_plan
-from testbed.results.schema import scenario_arrays, uncompressed_bytes
+from testbed.results.schema import (
+    ACCUMULATED,
+    ADAPTED,
+    Calibrations,
+    scenario_arrays,
+    uncompressed_bytes,
+)
 from testbed.sweep import describe as describe_swept
 
 _MOST_SCENARIOS = 40
@@ -49,7 +57,7 @@ def describe_experiment(resolved: ResolvedExperiment) -> str:
 
 
 def describe_known(kind: str) -> str:
-    """Return the table of ``attacks``, ``models`` or ``datasets``."""
+    """Return the table of ``attacks``, ``defenses``, ``models`` or ``datasets``."""
     if kind == "attacks":
         rows = [["name", "knows", "answers", "looks at", "assumes", "options", "source"]]
         for name, attack in attacks().items():
@@ -59,6 +67,12 @@ def describe_known(kind: str) -> str:
             answers, knows = attack.answers.value, attack.knowledge.value
             source = attack.source
             rows.append([name, knows, answers, looks, assumes or "-", knobs or "-", source])
+    elif kind == "defenses":
+        rows = [["name", "works on", "options", "adapted attacker", "source"]]
+        for name, defense in defenses().items():
+            knobs = ", ".join(map(_knob, fields(defense)))
+            adaptation = defense.adaptation or "nothing to adapt to"
+            rows.append([name, defense.stage.name.lower(), knobs, adaptation, defense.source])
     elif kind == "models":
         rows = [["name", "activation", "smallest image", "what"]]
         for model in MODELS.values():
@@ -66,12 +80,17 @@ def describe_known(kind: str) -> str:
             rows.append([model.name, model.default_activation, size, model.description])
         rows.append(["package.module:callable", "-", "-", "any torch.nn.Module of yours"])
     else:
-        rows = [["name", "classes", "image", "data.root", "what"]]
+        rows = [["name", "variants", "classes", "image", "data.root", "what"]]
         for data in DATASETS.values():
             shape = "x".join(map(str, data.shape)) if data.shape else "of the file"
             classes = str(data.classes) if data.classes else "of the file"
-            rows.append([data.name, classes, shape, data.root or "-", data.description])
+            variants = "/".join(data.variants) or "-"
+            rows.append([data.name, variants, classes, shape, data.root or "-", data.description])
     return "\n".join(_table(rows))
+
+
+def _knob(field: "Field[Any]") -> str:
+    return field.name if field.default is MISSING else f"{field.name}={field.default}"
 
 
 def _notes(plans: Sequence[ScenarioPlan]) -> list[str]:
@@ -100,7 +119,7 @@ def _notes(plans: Sequence[ScenarioPlan]) -> list[str]:
 
 def _facts(plan: ScenarioPlan) -> Facts | None:
     """Return what is known of a scenario before its model is built."""
-    classes, shape = describe(plan.scenario.data.name, plan.scenario.data.root)
+    classes, shape = _outline(plan)
     info = MODELS.get(plan.scenario.model.name)
     if info is None or classes is None or shape is None:
         return None
@@ -109,13 +128,20 @@ def _facts(plan: ScenarioPlan) -> Facts | None:
         classes=classes,
         features=info.features(shape),
         bias=True,
-        statistics=info.buffers if plan.scenario.federation.share_statistics else 0,
-        batch_size=plan.scenario.federation.batch_size,
-        local_steps=plan.local_steps,
+        statistics=info.buffers if plan.scenario.federation.shares_statistics else 0,
+        batch_size=plan.scenario.federation.batch_size
+        * (1 if plan.summed is None else plan.clients),
+        local_steps=plan.local_steps or 1,
         known_size=adversary.knows_size,
         fair_samples=adversary.has_fair_samples,
         statistics_noise=plan.scenario.federation.statistics_noise,
+        withheld=any(one.name == "withhold_last_layer" for one in plan.defenses),
     )
+
+
+def _outline(plan: ScenarioPlan) -> tuple[int | None, tuple[int, int, int] | None]:
+    data = plan.scenario.data
+    return describe(data.name, data.root, data.variant)
 
 
 def _row(plan: ScenarioPlan) -> list[str]:
@@ -124,15 +150,22 @@ def _row(plan: ScenarioPlan) -> list[str]:
         str(plan.index),
         str(plan.rounds),
         str(plan.clients),
-        str(plan.labels_per_update),
+        _labels(plan),
         "unknown" if length is None else _bytes(length),
         "unknown" if size is None else _bytes(size),
         describe_swept(plan.swept) or "the only one",
     ]
 
 
+def _labels(plan: ScenarioPlan) -> str:
+    labels = plan.labels_per_update
+    if labels is None:
+        return "varies"
+    return str(labels if plan.summed is None else labels * plan.clients)
+
+
 def _update_bytes(plan: ScenarioPlan) -> int | None:
-    classes, shape = describe(plan.scenario.data.name, plan.scenario.data.root)
+    classes, shape = _outline(plan)
     info = MODELS.get(plan.scenario.model.name)
     if info is None or classes is None or shape is None:
         return None
@@ -142,20 +175,24 @@ def _update_bytes(plan: ScenarioPlan) -> int | None:
 
 def _results_bytes(plan: ScenarioPlan) -> int | None:
     scenario = plan.scenario
-    classes, shape = describe(scenario.data.name, scenario.data.root)
+    classes, shape = _outline(plan)
     info = MODELS.get(scenario.model.name)
     if classes is None:
         return None
-    attacks = [(section.label, section.make()) for section in scenario.attacks]
+    attacks = _answers(plan)
     # A layer without bias is possible in a user's own model; the estimate is an upper bound.
     arrays = scenario_arrays(
         bias=True,
         weight=plan.keeps_weights,
         statistics=plan.keeps_weights and (info is None or info.buffers > 0),
         update=plan.keeps_updates,
-        attacks={label: (attack.answers.value, attack.arrays()) for label, attack in attacks},
+        member=plan.summed is not None,
+        accumulated=any(label.endswith(ACCUMULATED) for label in attacks),
+        varying=plan.varying_steps,
+        attacks=attacks,
     )
-    lengths = {"round": plan.rounds, "client": plan.clients, "class": classes}
+    lengths = {"round": plan.rounds, "client": plan.observed, "class": classes}
+    lengths["member"] = plan.clients
     if any({"feature", "buffer", "parameter"} & {*spec.axes} for spec in arrays.values()):
         if info is None or shape is None:
             return None
@@ -164,6 +201,23 @@ def _results_bytes(plan: ScenarioPlan) -> int | None:
         lengths["buffer"] = info.buffers
         lengths["parameter"] = info.parameters(shape, classes) + info.buffers
     return uncompressed_bytes(arrays, lengths)
+
+
+def _answers(plan: ScenarioPlan) -> dict[str, tuple[str, Calibrations]]:
+    """Return what the attacks answer and derive, those beside the plain ones too."""
+    found: dict[str, tuple[str, Calibrations]] = {}
+    adaptive = plan.scenario.adversary.adaptive and bool(plan.defenses)
+    sums = not plan.fresh_model and any(one.accumulates for one in plan.defenses)
+    for section in plan.scenario.attacks:
+        attack = section.make()
+        own = {**attack.arrays(), "adapted_posterior": (("class",), "f8")}
+        found[section.label] = (attack.answers.value, attack.arrays())
+        # As many as there may be: which attacks adapt is known when the model is.
+        if adaptive:
+            found[section.label + ADAPTED] = (attack.answers.value, own)
+        if adaptive and sums:
+            found[section.label + ACCUMULATED] = (attack.answers.value, own)
+    return found
 
 
 def _bytes(count: int) -> str:

@@ -6,278 +6,59 @@ Importing this module costs neither torch nor MPI: `testbed check` runs on it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
 from testbed import sweep as sweeps
-from testbed.attacks import Attack, Knowledge, make_attack
+from testbed.attacks import Knowledge
 from testbed.data import DATASETS
+from testbed.defenses import Stage
 from testbed.errors import UserError, suggest
-from testbed.models.catalog import ACTIVATIONS, MODELS
+from testbed.models.catalog import MODELS
+from testbed.results.schema import ACCUMULATED, ADAPTED
+from testbed.sections import (
+    AdversarySection,
+    AttackSection,
+    ComputeSection,
+    DataSection,
+    DefenseSection,
+    FederationSection,
+    LabelsSection,
+    ModelSection,
+    Natural,
+    PartitionSection,
+    PretrainingSection,
+    ResultsSection,
+    Section,
+)
 
 
-def _no_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("expected a number, not yes or no")
-    return value
-
-
-# Numbers of rounds and clients travel in 32 bits.
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, lt=2**31)]
-Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
-
-
-class _Section(pydantic.BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class DataSection(_Section):
-    """Which data, and how they are divided among victims, adversary and test."""
-
-    name: str
-    root: Path | None = None
-    auxiliary_per_class: Natural = 20
-    test_fraction: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)] = 0.2
-
-    @pydantic.field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in DATASETS:
-            raise ValueError(suggest(name, DATASETS))
-        return name
-
-    @pydantic.field_validator("root")
-    @classmethod
-    def _home(cls, root: Path | None) -> Path | None:
-        return root.expanduser() if root is not None else None
-
-
-class LabelsSection(_Section):
-    """How the labels of a client's batch are distributed (Wainakh et al. 2022, section 5)."""
-
-    distribution: Literal["balanced", "unbalanced", "natural"] = "balanced"
-
-
-class ModelSection(_Section):
-    """The global model: one of the paper's, or ``package.module:callable`` with arguments.
-
-    Attributes
-    ----------
-    init
-        ``uniform``, the paper's; ``torch``, the module's own weights; or None, see
-        `initialisation`.
-    """
-
-    name: str
-    activation: str | None = None
-    init: Literal["uniform", "torch"] | None = None
-    last_layer: str | None = None
-    arguments: dict[str, Any] = {}
-
-    @pydantic.field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if ":" not in name and name not in MODELS:
-            raise ValueError(f"{suggest(name, MODELS)}, or an import path package.module:callable")
-        return name
-
-    @pydantic.field_validator("activation")
-    @classmethod
-    def _activation(cls, activation: str | None) -> str | None:
-        if activation is not None and activation not in ACTIVATIONS:
-            raise ValueError(suggest(activation, ACTIVATIONS))
-        return activation
-
-    @property
-    def initialisation(self) -> str:
-        """Where nothing is said, built-in models start as in the paper, and yours as they are."""
-        return self.init or ("torch" if ":" in self.name else "uniform")
-
-    @pydantic.model_validator(mode="after")
-    def _fits(self) -> "ModelSection":
-        if ":" in self.name and self.activation is not None:
-            raise ValueError(
-                "model.activation is for the built-in models; pass it to yours in model.arguments"
-            )
-        if ":" not in self.name and self.arguments:
-            raise ValueError("model.arguments is for models given by an import path")
-        return self
-
-
-class PretrainingSection(_Section):
-    """Training before the first round: plain SGD on the victims' samples, by the testbed itself.
-
-    Attributes
-    ----------
-    steps
-        How many. All scenarios that agree in data, model, seed and in this section, but for the
-        number of steps, attack the same models, each at its stage of one training. Where it is
-        left out, there is no training, and every scenario has initial models of its own.
-    """
-
-    steps: Natural | None = None
-    batch_size: Count = 32
-    learning_rate: Positive = 0.1
-
-    @pydantic.model_validator(mode="after")
-    def _trains(self) -> "PretrainingSection":
-        for key, field in type(self).model_fields.items():
-            if self.steps is None and key != "steps" and getattr(self, key) != field.default:
-                raise ValueError(
-                    f"pretraining.{key} is of no use without pretraining.steps: set the number of "
-                    "steps, 0 for none"
-                )
-        return self
-
-
-class AdversarySection(_Section):
-    """What the server knows wrongly, or less well than the attacks presume.
-
-    Attributes
-    ----------
-    batch_size
-        ``known``, or ``estimated`` from each update's gradient.
-    batch_size_factor
-        What the server takes for the batch size, in multiples of what it is or is estimated to be.
-    auxiliary_noise
-        Standard deviation of Gaussian noise on its images, whose values are in [0, 1].
-    auxiliary_missing
-        Classes that it has no samples of.
-    auxiliary_data, auxiliary_root
-        Another data set with the same classes, which its samples are from, scaled to the size of
-        the victims' images.
-    """
-
-    batch_size: Literal["known", "estimated"] = "known"
-    batch_size_factor: Annotated[
-        float, BeforeValidator(_no_bool), Field(gt=0, le=1000, allow_inf_nan=False)
-    ] = 1.0
-    auxiliary_noise: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=100)] = 0.0
-    auxiliary_missing: Natural = 0
-    auxiliary_data: str | None = None
-    auxiliary_root: Path | None = None
-
-    @pydantic.field_validator("auxiliary_data")
-    @classmethod
-    def _known(cls, name: str | None) -> str | None:
-        if name is not None and name not in DATASETS:
-            raise ValueError(suggest(name, DATASETS))
-        return name
-
-    @pydantic.field_validator("auxiliary_root")
-    @classmethod
-    def _home(cls, root: Path | None) -> Path | None:
-        return root.expanduser() if root is not None else None
-
-    @property
-    def knows_size(self) -> bool:
-        """Whether it knows the batch size."""
-        return self.batch_size == "known" and self.batch_size_factor == 1
-
-    @property
-    def has_fair_samples(self) -> bool:
-        """Whether its samples are the victims' kind, and of every class."""
-        shifted = self.auxiliary_noise or self.auxiliary_missing or self.auxiliary_data
-        return not shifted
-
-
-class FederationSection(_Section):
-    """The rounds.
-
-    Attributes
-    ----------
-    share_statistics
-        Whether clients share BatchNorm's statistics; if not, each sends back those it received.
-    statistics_noise
-        Noise on shared statistics, in multiples of their own scale: means get Gaussian noise of
-        that many standard deviations of their channel, variances that much relative noise.
-    """
-
-    algorithm: Literal["fedsgd"] = "fedsgd"
-    fresh_model: bool = False
-    rounds: Count
-    clients: Count = 1
-    batch_size: Count
-    learning_rate: Positive = 0.1
-    attack_every: Count = 1
-    evaluate_every: Natural = 0
-    share_statistics: bool = True
-    statistics_noise: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=100)] = 0.0
-
-    @pydantic.model_validator(mode="after")
-    def _noise_is_shared(self) -> "FederationSection":
-        if self.statistics_noise and not self.share_statistics:
-            raise ValueError(
-                "federation.statistics_noise is of no use where share_statistics is false: "
-                "statistics that are not shared get no noise"
-            )
-        return self
-
-
-class AttackSection(pydantic.BaseModel):
-    """One attack; keys beside ``name`` and ``label`` are its options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+*-]{0,63}$")] = ""
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _labelled(cls, value: object) -> object:
-        if isinstance(value, str):
-            value = {"name": value}
-        if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-            return {"label": value["name"].rpartition(":")[2], **value}
-        return value
-
-    @pydantic.model_validator(mode="after")
-    def _makes(self) -> "AttackSection":
-        try:
-            self.make()
-        except UserError as error:
-            raise ValueError(str(error)) from None
-        return self
-
-    def make(self) -> Attack:
-        """Return the attack."""
-        return make_attack(self.name, self.model_extra or {})
-
-
-class ComputeSection(_Section):
-    """Where the clients compute. Results do not depend on it, but for the device's arithmetic."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count = 1
-    receive_buffers: Annotated[int, BeforeValidator(_no_bool), Field(ge=2, le=4096)] = 16
-
-
-class ResultsSection(_Section):
-    """What the results file keeps, and how often it is committed."""
-
-    observations: Literal["summary", "last_layer", "full"] = "summary"
-    commit_seconds: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=3600)] = 1.0
-
-
-class Scenario(_Section):
+class Scenario(Section):
     """One point of the sweep."""
 
     seed: Natural = 0
     data: DataSection
     labels: LabelsSection = LabelsSection()
+    partition: PartitionSection = PartitionSection()
     model: ModelSection
     pretraining: PretrainingSection = PretrainingSection()
     federation: FederationSection
+    defenses: list[DefenseSection] = []
     adversary: AdversarySection = AdversarySection()
     attacks: Annotated[list[AttackSection], Field(min_length=1)]
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "Scenario":
         labels = [attack.label for attack in self.attacks]
+        for label in labels:
+            if label.endswith((ADAPTED, ACCUMULATED)):
+                raise ValueError(
+                    f"attacks: the label {label!r} ends like those of adapted attacks: choose "
+                    "another one"
+                )
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(
@@ -322,6 +103,69 @@ class Scenario(_Section):
                 f"are {shape[1]}x{shape[2]}: choose another model or data set"
             )
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _own_samples(self) -> "Scenario":
+        kind, federation = self.partition.kind, self.federation
+        if kind == "shared":
+            if federation.local_epochs is not None:
+                raise ValueError(
+                    "federation.local_epochs: an epoch is a pass over a client's own samples, and "
+                    "partition.kind is 'shared': set it to iid, dirichlet, shards or user, or set "
+                    "federation.local_steps"
+                )
+        elif self.labels.distribution != "natural":
+            raise ValueError(
+                f"labels.distribution: with partition.kind {kind!r} a client's labels are those "
+                f"of its own samples: set it to natural (found {self.labels.distribution!r})"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _defended(self) -> "Scenario":
+        made = [section.make() for section in self.defenses]
+        for earlier, later in zip(made, made[1:], strict=False):
+            if later.stage < earlier.stage:
+                order = ", ".join(stage.name.lower() for stage in Stage)
+                raise ValueError(
+                    f"defenses: {later.name!r} ({later.stage.name.lower()}) stands after "
+                    f"{earlier.name!r} ({earlier.stage.name.lower()}); the order is: {order}"
+                )
+        for stage in (Stage.SAMPLES, Stage.QUANTISE, Stage.SUM):
+            names = [one.name for one in made if one.stage is stage]
+            if len(names) > 1:
+                raise ValueError(
+                    f"defenses: {' and '.join(names)} do not go together: at most one of them"
+                )
+        names = [one.name for one in made]
+        for unfit, why in (
+            ("mixup", "a sample that is mixed into another's row moves the sum by twice the bound"),
+            ("soteria", "the columns that it leaves out tell of the samples without any noise"),
+        ):
+            if "dp_sgd" in names and unfit in names:
+                raise ValueError(f"defenses: dp_sgd and {unfit} do not go together: {why}")
+        for one in made:
+            if getattr(one, "error_feedback", False) and one.at == "step":
+                raise ValueError(
+                    f"defenses: {one.name}: error_feedback keeps what an update did not send: "
+                    "set at: update"
+                )
+        if any(one.stage is Stage.SUM for one in made):
+            self._summed()
+        return self
+
+    def _summed(self) -> None:
+        federation = self.federation
+        if federation.clients < 2:
+            raise ValueError(
+                "defenses: secure_aggregation of one client hides nothing: set "
+                "federation.clients to at least 2"
+            )
+        if federation.local_epochs is not None:
+            raise ValueError(
+                "defenses: secure_aggregation: attacks on a sum need clients with equally many "
+                "local steps: set federation.local_steps in place of local_epochs"
+            )
 
 
 def _same_place(one: Path | None, other: Path | None) -> bool:
@@ -388,13 +232,17 @@ class ResolvedExperiment:
         return yaml.safe_dump({key: content[key] for key in order}, sort_keys=False)
 
 
-def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ResolvedExperiment:
+def load_experiment(
+    path: Path, overrides: Sequence[str] = (), profile: str | None = None
+) -> ResolvedExperiment:
     """Read an experiment file.
 
     Parameters
     ----------
     path
         The YAML file.
+    profile
+        Name of one of its ``profiles``, whose dotted keys are set before the overrides.
     overrides
         ``key=value`` with dotted keys and YAML values; an override of a swept key takes the key
         out of the sweep, and ``sweep.KEY=[...]`` sweeps it.
@@ -410,16 +258,20 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ResolvedExperi
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
         raise UserError(f"{path}: cannot read the experiment file: {reason}") from None
-    return parse_experiment(text, overrides, name=str(path))
+    return parse_experiment(text, overrides, name=str(path), profile=profile)
 
 
 def parse_experiment(
-    text: str, overrides: Sequence[str] = (), name: str = "experiment"
+    text: str,
+    overrides: Sequence[str] = (),
+    name: str = "experiment",
+    profile: str | None = None,
 ) -> ResolvedExperiment:
     """Read an experiment from YAML text; see `load_experiment`."""
     content = sweeps.parse_yaml(text, name)
     if not isinstance(content, dict):
         raise UserError(f"{name}: expected a mapping of keys, found {type(content).__name__}")
+    content = _with_profile(content, profile, name)
     content = sweeps.apply_overrides(content, overrides)
     whole = {key for key in Experiment.model_fields if key not in Scenario.model_fields}
 
@@ -434,6 +286,20 @@ def parse_experiment(
         where = f" (sweep: {sweeps.describe(variation)})" if variation else ""
         points.append(Point(variation, _validate(Scenario, raw, name, where)))
     return ResolvedExperiment(experiment, points)
+
+
+def _with_profile(content: dict[str, Any], profile: str | None, name: str) -> dict[str, Any]:
+    """Return the content without its profiles, with the keys of the chosen one set."""
+    profiles = content.get("profiles") or {}
+    content = {key: value for key, value in content.items() if key != "profiles"}
+    if not isinstance(profiles, dict) or not all(isinstance(p, dict) for p in profiles.values()):
+        raise UserError(f"{name}: profiles: expected a mapping of names to mappings of dotted keys")
+    if profile is None:
+        return content
+    if profile not in profiles:
+        known = suggest(profile, profiles) if profiles else "the file has none"
+        raise UserError(f"{name}: unknown profile {profile!r}: {known}")
+    return sweeps.override(content, profiles[profile], f"{name}: profiles.{profile}")
 
 
 def _validate(schema: type[S], content: Mapping[str, Any], name: str, where: str) -> S:

@@ -6,10 +6,14 @@ itself, so the root sends models and receives updates without telling anyone wha
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
+
+from testbed.defenses import Defense, Stage
 from testbed.experiment import ResolvedExperiment, Scenario
-from testbed.seeds import Purpose
+from testbed.seeds import Purpose, stream
 
 # A model that takes at most this much for all workers together is sent to each of them.
 _DIRECT_BYTES = 1 << 22
@@ -19,11 +23,28 @@ _MODELS_IN_FLIGHT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Task:
-    """One client's work in one round."""
+    """One client's work in one round; ``client`` is its place among the round's clients."""
 
     scenario: int
     round: int
     client: int
+
+
+@dataclass(frozen=True)
+class Participants:
+    """Who takes part in a round.
+
+    Attributes
+    ----------
+    identities
+        The population's clients that were chosen, ascending: ``identities[c]`` is client c of the
+        round.
+    arriving
+        Which clients of the round deliver an update; the others drop out.
+    """
+
+    identities: tuple[int, ...]
+    arriving: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,47 @@ class ScenarioPlan:
         return self.scenario.federation.clients
 
     @property
+    def population(self) -> int:
+        """Number of clients altogether."""
+        return self.scenario.federation.population or self.clients
+
+    @cached_property
+    def defenses(self) -> tuple[Defense, ...]:
+        """What the clients do, in order."""
+        return tuple(section.make() for section in self.scenario.defenses)
+
+    @cached_property
+    def summed(self) -> Defense | None:
+        """The secure aggregation, where the server gets no single update."""
+        return next((one for one in self.defenses if one.stage is Stage.SUM), None)
+
+    @property
+    def observed(self) -> int:
+        """Updates that the server sees of a round: the clients', or the sum of the cohort."""
+        return self.clients if self.summed is None else 1
+
+    @cached_property
+    def keeps_state(self) -> bool:
+        """Whether clients remember something from round to round."""
+        remembered = (
+            getattr(one, "error_feedback", False) or getattr(one, "head", None) == "personal"
+            for one in self.defenses
+        )
+        return not self.fresh_model and any(remembered)
+
+    def participants(self, round_: int) -> Participants:
+        """Return who takes part in a round."""
+        federation = self.scenario.federation
+        return _participants(
+            self.scenario.seed,
+            self.index,
+            round_,
+            self.clients,
+            self.population,
+            federation.dropout,
+        )
+
+    @property
     def fresh_model(self) -> bool:
         """Whether every round is a repetition with a model of its own, which never steps."""
         return self.scenario.federation.fresh_model
@@ -59,14 +121,20 @@ class ScenarioPlan:
         return self.scenario.pretraining.steps
 
     @property
-    def labels_per_update(self) -> int:
-        """Labels behind one update, N: batch size times local steps."""
-        return self.scenario.federation.batch_size * self.local_steps
+    def varying_steps(self) -> bool:
+        """Whether clients may differ in their number of local steps: that of their samples tells."""
+        return self.scenario.federation.local_epochs is not None
 
     @property
-    def local_steps(self) -> int:
-        """Local steps behind one update, E."""
-        return 1
+    def local_steps(self) -> int | None:
+        """Local steps behind one update, E; None where they vary."""
+        return None if self.varying_steps else self.scenario.federation.local_steps or 1
+
+    @property
+    def labels_per_update(self) -> int | None:
+        """Labels behind one client's update, N: batch size times local steps; None if they vary."""
+        steps = self.local_steps
+        return None if steps is None else self.scenario.federation.batch_size * steps
 
     @property
     def keeps_weights(self) -> bool:
@@ -95,35 +163,45 @@ class ScenarioPlan:
     def worker(self, task: Task, workers: int) -> int:
         """Return the worker that computes for a client in a round.
 
-        In training a client stays with its worker. Repetitions with models of their own are dealt
-        out one client after the other, over the rounds, so that no worker waits.
+        A client that keeps a state stays with its worker; else the round's clients are dealt out.
+        Repetitions with models of their own are dealt out over the rounds, so that no worker waits.
         """
         if self.fresh_model:
             return (task.round * self.clients + task.client) % workers
+        if self.keeps_state and self.population > self.clients:
+            return self.participants(task.round).identities[task.client] % workers
         return task.client % workers
+
+    def round_tasks(self, round_: int) -> list[Task]:
+        """Return the tasks of a round in the order in which their updates are taken in."""
+        return [Task(self.index, round_, client) for client in self.participants(round_).arriving]
 
     def tasks(self) -> Iterator[Task]:
         """Yield all tasks in the order in which their updates are taken in."""
         for round_ in range(self.rounds):
-            for client in range(self.clients):
-                yield Task(self.index, round_, client)
+            yield from self.round_tasks(round_)
 
     def share(self, worker: int, workers: int) -> Iterator[tuple[int, list[Task]]]:
-        """Yield the rounds that need a worker, each with the worker's tasks in it."""
+        """Yield the rounds that need a worker, each with the worker's tasks in it.
+
+        Those of a sum by reduction need every worker: all of them take part in it.
+        """
         for round_ in range(self.rounds):
-            # The inverse of `worker`.
-            first = (worker - round_ * self.clients * self.fresh_model) % workers
-            mine = range(first, self.clients, workers)
-            if mine:
-                yield round_, [Task(self.index, round_, client) for client in mine]
+            tasks = self.round_tasks(round_)
+            mine = [task for task in tasks if self.worker(task, workers) == worker]
+            if mine or self.reduces:
+                yield round_, mine
+
+    @property
+    def reduces(self) -> bool:
+        """Whether a round's updates are added up by MPI's own reduction."""
+        return getattr(self.summed, "protocol", "") == "reduction"
 
     def needed_by(self, round_: int, workers: int) -> list[int]:
-        """Return the workers that have a task in a round, ascending."""
-        first = Task(self.index, round_, 0)
-        if self.clients >= workers:
+        """Return the workers that need the model of a round, ascending."""
+        if self.reduces:
             return list(range(workers))
-        start = self.worker(first, workers)
-        return sorted((start + client) % workers for client in range(self.clients))
+        return sorted({self.worker(task, workers) for task in self.round_tasks(round_)})
 
     def broadcasts(self, workers: int, model_bytes: int) -> bool:
         """Return whether a round's model goes to all workers at once, rather than one by one.
@@ -131,7 +209,12 @@ class ScenarioPlan:
         A broadcast hands a model on from rank to rank, which is the faster the larger the model
         and the more workers there are; a little data to few is there sooner without detours.
         """
-        everyone = not self.fresh_model and self.clients >= workers
+        everyone = self.reduces or (
+            not self.fresh_model
+            and self.clients >= workers
+            and self.scenario.federation.dropout == 0
+            and not (self.keeps_state and self.population > self.clients)
+        )
         return everyone and workers * model_bytes > _DIRECT_BYTES
 
     def in_flight(self, workers: int, model_bytes: int) -> int:
@@ -153,8 +236,24 @@ class ScenarioPlan:
         with the client in training; where every round is a repetition, its client is a new one.
         """
         if purpose is Purpose.SKEW and not self.fresh_model:
-            return (task.scenario, task.client)
+            return (task.scenario, self.participants(task.round).identities[task.client])
         return (task.scenario, task.round, task.client)
+
+
+# Of one round many tasks ask in a row.
+@lru_cache(maxsize=256)
+def _participants(
+    seed: int, scenario: int, round_: int, clients: int, population: int, dropout: float
+) -> Participants:
+    identities = tuple(range(clients))
+    if population > clients:
+        rng = stream(seed, Purpose.SAMPLING, scenario, round_)
+        identities = tuple(np.sort(rng.choice(population, clients, replace=False)).tolist())
+    arriving = tuple(range(clients))
+    if dropout:
+        rng = stream(seed, Purpose.DROPOUT, scenario, round_)
+        arriving = tuple(np.flatnonzero(rng.random(clients) >= dropout).tolist())
+    return Participants(identities, arriving)
 
 
 def make_plan(resolved: ResolvedExperiment) -> Sequence[ScenarioPlan]:

@@ -37,8 +37,8 @@ class RunOptions:
 
     Attributes
     ----------
-    experiment, overrides
-        The experiment file and ``key=value`` overrides of it.
+    experiment, overrides, profile
+        The experiment file, ``key=value`` overrides of it, and which of its profiles to take.
     output
         The results file.
     overwrite
@@ -52,6 +52,7 @@ class RunOptions:
     output: Path
     overwrite: bool
     progress: str
+    profile: str | None = None
 
 
 def run(transport: Transport, options: RunOptions) -> int:
@@ -74,7 +75,7 @@ def _read(transport: Transport, options: RunOptions) -> str:
     text = ""
     if transport.is_root:
         check_output(options.output, overwrite=options.overwrite)
-        resolved = load_experiment(options.experiment, options.overrides)
+        resolved = load_experiment(options.experiment, options.overrides, options.profile)
         resolved.require_data()
         text = resolved.to_yaml()
     try:
@@ -108,6 +109,7 @@ class _Run:
 
         from testbed.pretraining import Pretraining
         from testbed.startup import Setups
+        from testbed.summing import message_capacity
         from testbed.transport.placement import place
 
         transport, compute = self._transport, self._resolved.experiment.compute
@@ -137,7 +139,8 @@ class _Run:
                 self._position.scenario, self._position.round = plan.index, None
                 pretraining.prepare(plan)
                 setup = setups.make(plan)
-                transport.serve(plan, setup.layout, self._worker(plan, setup))
+                worker = self._worker(plan, setup)
+                transport.serve(plan, setup.layout, worker, capacity=message_capacity(plan, setup))
         transport.finish()
 
     def _prepare(self, setups: "Setups") -> list[ScenarioHeader]:
@@ -158,6 +161,7 @@ class _Run:
     ) -> None:
         from testbed.pretraining import Pretraining
         from testbed.server import ScenarioServer
+        from testbed.summing import message_capacity
 
         transport, experiment = self._transport, self._resolved.experiment
         writer = ResultsWriter(
@@ -184,7 +188,11 @@ class _Run:
                         # On a module of its own: the attacks must not touch a client's.
                         worker = self._worker(plan, setups.make(plan, copy=True))
                     with transport.open(
-                        plan, setup.layout, worker, buffers=experiment.compute.receive_buffers
+                        plan,
+                        setup.layout,
+                        worker,
+                        buffers=experiment.compute.receive_buffers,
+                        capacity=message_capacity(plan, setup),
                     ) as downlink:
                         server = ScenarioServer(
                             plan,
@@ -219,32 +227,42 @@ class _Reporting:
         self._worker.work(task, message)
         position.client = None
 
+    def take_sum(self) -> NDArray[Any]:
+        """See `Worker`."""
+        return self._worker.take_sum()
+
 
 def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:
+    from testbed.attacking import attack_entries
+    from testbed.budget import scenario_budget
     from testbed.server import scenario_facts
     from testbed.startup import lowest_feature
 
     setup = setups.make(plan)
     setup.auxiliary()  # an error of the user's is told before any rank computes
     layout = setup.layout
-    attacks = setup.attacks
+    entries = attack_entries(plan, setup)
     facts = scenario_facts(plan, setup, lowest_feature(plan, setup))
-    idle = {label: not_applicable(attack, facts) for label, attack in attacks.items()}
+    idle = {label: not_applicable(entry.attack, facts) for label, entry in entries.items()}
     arrays = scenario_arrays(
         bias=layout.bias is not None,
         weight=plan.keeps_weights,
         statistics=plan.keeps_weights and layout.buffers > 0,
         update=plan.keeps_updates,
+        member=plan.summed is not None,
+        accumulated=any(entry.accumulated for entry in entries.values()),
+        varying=plan.varying_steps,
         attacks={
-            label: (attack.answers.value, {} if idle[label] else attack.arrays())
-            for label, attack in attacks.items()
+            label: (entry.attack.answers.value, {} if idle[label] else entry.attack.arrays())
+            for label, entry in entries.items()
         },
     )
     lengths = used_lengths(
         arrays,
         {
             "round": plan.rounds,
-            "client": plan.clients,
+            "client": plan.observed,
+            "member": plan.clients,
             "class": layout.classes,
             "feature": layout.features,
             "buffer": layout.buffers,
@@ -264,19 +282,23 @@ def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:
         arrays=arrays,
         attacks={
             label: AttackHeader(
-                name=attack.name,
-                title=attack.title,
-                knowledge=attack.knowledge.value,
-                source=attack.source,
-                options=attack.options(),
-                answers=attack.answers.value,
-                observes=sorted(part.value for part in attack.observes),
-                assumes=sorted(assumption.value for assumption in assumptions(attack)),
-                broken=broken_assumptions(attack, facts),
+                name=entry.attack.name,
+                title=entry.attack.title,
+                knowledge=entry.attack.knowledge.value,
+                source=entry.attack.source,
+                options=entry.attack.options(),
+                answers=entry.attack.answers.value,
+                observes=sorted(part.value for part in entry.attack.observes),
+                assumes=sorted(item.value for item in assumptions(entry.attack)),
+                broken=broken_assumptions(entry.attack, facts),
                 not_applicable=idle[label],
+                target="accumulated" if entry.accumulated else "update",
+                adapted=entry.adapted,
+                adaptation=entry.adaptation,
             )
-            for label, attack in attacks.items()
+            for label, entry in entries.items()
         },
+        privacy=scenario_budget(plan, setup),
     )
 
 

@@ -18,6 +18,12 @@ class Purpose(IntEnum):
     STATISTICS = 7
     AUXILIARY = 8
     PRETRAINING = 9
+    PARTITION = 10
+    SAMPLING = 11
+    DROPOUT = 12
+    DEFENSE = 13
+    RESPONSES = 14
+    SECRETS = 15
 
 
 def stream(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:

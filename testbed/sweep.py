@@ -89,29 +89,36 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the content with ``key=value`` overrides applied.
+    """Return the content with ``key=value`` overrides applied; see `override`."""
+    result = copy.deepcopy(dict(content))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"override {text!r}: expected key=value, as in data.root=DIR")
+        name = f"override {text!r}"
+        result = override(result, {key: parse_yaml(value, name)}, name)
+    return result
+
+
+def override(content: Mapping[str, Any], values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the content with dotted keys set; ``sweep.KEY`` sweeps a key.
 
     An override of a swept key fixes it: were the sweep to win, the user's setting would be
-    dropped silently.
+    dropped silently. ``name`` says in an error's message where the values come from.
     """
     result = copy.deepcopy(dict(content))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise UserError(f"override {override!r}: expected key=value, as in data.root=DIR")
-        value = parse_yaml(text, f"override {override!r}")
+    for key, value in values.items():
         sweep = result.get("sweep")
         if key.startswith("sweep."):
             if sweep is not None and not isinstance(sweep, dict):
                 raise UserError(
-                    f"override {override!r}: `sweep` holds {sweep!r}, expected a mapping of keys "
-                    "to lists"
+                    f"{name}: `sweep` holds {sweep!r}, expected a mapping of keys to lists"
                 )
             result["sweep"] = {**(sweep or {}), key.removeprefix("sweep."): value}
             continue
         if isinstance(sweep, dict):
-            result["sweep"] = _without(sweep, key, override)
-        result = set_keys(result, {key: value}, f"override {override!r}")
+            result["sweep"] = _without(sweep, key, name)
+        result = set_keys(result, {key: value}, name)
     return result
 
 
@@ -204,13 +211,13 @@ def _is_within(key: str, outer: str) -> bool:
     return key.startswith(outer + ".")
 
 
-def _without(sweep: Mapping[str, Any], key: str, override: str) -> dict[str, Any]:
+def _without(sweep: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     """Return a sweep without the keys that an override of a key fixes."""
 
     def stays(name: str) -> bool:
         if _is_within(key, name):
             raise UserError(
-                f"override {override!r}: {name!r} is swept as a whole, which would undo it: "
+                f"{where}: {name!r} is swept as a whole, which would undo it: "
                 f"override {name} or sweep.{name}"
             )
         return name != key and not _is_within(name, key)

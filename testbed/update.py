@@ -11,10 +11,14 @@ _HEADER = np.dtype(
         ("scenario", "<i4"),
         ("round", "<i4"),
         ("client", "<i4"),
-        ("samples", "<i4"),
+        ("identity", "<i4"),
         ("rank", "<i4"),
-        ("reserved", "<i4"),
+        ("steps", "<i4"),
+        ("labels", "<i8"),
+        ("clipped", "<i8"),
+        ("weight", "<f8"),
         ("loss", "<f8"),
+        ("accuracy", "<f8"),
         ("seconds", "<f8"),
         ("payload_bytes", "<i8"),
     ]
@@ -68,25 +72,42 @@ def zeros(size: int) -> NDArray[np.uint8]:
 class Message:
     """A client's update with its header and truth, in one contiguous buffer.
 
+    Parameters
+    ----------
+    layout
+        Of the update.
+    allocate
+        Makes the buffer.
+    capacity
+        The most bytes that an update takes as it is shared; by default that of the plain one.
+
     Attributes
     ----------
     buffer
-        uint8: the whole message, as it crosses the wire.
+        uint8: the whole message.
     header
-        One record: scenario, round, client, samples, rank, loss, seconds, payload_bytes.
+        One record: scenario, round, client, identity (in the population), rank, steps (local ones),
+        labels (behind the update), clipped (entries, in a
+        secure sum), weight (in the mean), loss, accuracy (of a personal model, else
+        NaN), seconds, payload_bytes (of the update as it is shared).
     counts
         int32 [C]: the true label counts.
     posterior
-        float32 [C]: mean softmax output over the batch, at the global model.
+        float32 [C]: mean softmax output over the batches, each at the model of its local step.
+    body
+        uint8 [capacity]: the update as it is shared, in its first ``payload_bytes``.
     payload
-        float32 [layout.size]: the update.
+        float32 [layout.size]: a plain update, a view of ``body``.
 
     Counts and posterior are the truth. They go to the metrics and never to an attack.
     """
 
-    def __init__(self, layout: UpdateLayout, allocate: Allocate = zeros) -> None:
+    def __init__(
+        self, layout: UpdateLayout, allocate: Allocate = zeros, capacity: int | None = None
+    ) -> None:
         classes = layout.classes
-        sizes = [_HEADER.itemsize, 4 * classes, 4 * classes, 4 * layout.size]
+        capacity = 4 * layout.size if capacity is None else capacity
+        sizes = [_HEADER.itemsize, 4 * classes, 4 * classes, capacity]
         starts = [0]
         for size in sizes:
             starts.append(-(-(starts[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
@@ -97,4 +118,15 @@ class Message:
         self.header = parts[0].view(_HEADER)[0]
         self.counts: NDArray[np.int32] = parts[1].view(np.int32)
         self.posterior: NDArray[np.float32] = parts[2].view(np.float32)
-        self.payload: NDArray[np.float32] = parts[3].view(np.float32)
+        self.body: NDArray[np.uint8] = parts[3]
+        self._start, self._size = starts[3], layout.size
+
+    @property
+    def payload(self) -> NDArray[np.float32]:
+        """The plain update; for messages with room for it."""
+        return self.body[: 4 * self._size].view(np.float32)
+
+    @property
+    def used(self) -> int:
+        """How many bytes of the buffer are sent: up to the end of the update."""
+        return self._start + int(self.header["payload_bytes"])

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from testbed.attacks.base import Head, Normalised, Observations, Outputs, Planted
 from testbed.attacks.simulation import head_gradient, simulate_head
+from testbed.client_optimizer import LocalOptimizer
+from testbed.evaluation import accuracy
 from testbed.models.flat import FlatModel
 from testbed.models.norms import Norm, Norms
 from testbed.norm_statistics import NoisyStatistics
@@ -57,6 +59,10 @@ class GlobalModel:
         Of the clients' local training.
     norms
         What is known already of the module's BatchNorm layers.
+    training
+        Of the clients, for simulated ones; plain SGD by default.
+    frozen_norms
+        Whether BatchNorm normalises by its running statistics on clients as well.
     """
 
     def __init__(
@@ -68,13 +74,20 @@ class GlobalModel:
         local_steps: int = 1,
         learning_rate: float = 0.1,
         norms: Norms | None = None,
+        training: LocalOptimizer | None = None,
+        frozen_norms: bool = False,
     ) -> None:
         self._model = model
         self._auxiliary = auxiliary
         self.shape = shape
         self.layout = model.layout
         self.local_steps, self.learning_rate = local_steps, learning_rate
-        self._norms = [module for module in model.module.modules() if isinstance(module, Norm)]
+        self._training = training or LocalOptimizer(learning_rate)
+        self._frozen = frozen_norms
+        found = [module for module in model.module.modules() if isinstance(module, Norm)]
+        # Those that normalise by the batch.
+        self._norms = [] if frozen_norms else found
+        self._still = found if frozen_norms else []
         self._found = norms or Norms(model, shape)
         self._outputs: dict[object, Outputs] = {}
         self._state = torch.zeros(model.layout.size)
@@ -102,6 +115,8 @@ class GlobalModel:
             local_steps=self.local_steps,
             learning_rate=self.learning_rate,
             norms=self._found,
+            training=self._training,
+            frozen_norms=self._frozen,
         )
         shared = torch.from_numpy(np.array(update, np.float32))
         later._state[:split] = self._state[:split] - self.learning_rate * shared[:split]
@@ -109,16 +124,12 @@ class GlobalModel:
         later._seed, later._key = self._seed, self._key
         return later
 
-    def accuracy(self, samples: Samples, indices: NDArray[np.int64]) -> float:
-        """Return the share of samples that the model classifies rightly, in inference mode."""
+    def accuracy(
+        self, samples: Samples, indices: NDArray[np.int64], *, normalised_by_batch: bool = False
+    ) -> float:
+        """Return the share of samples that the model classifies rightly; see `accuracy`."""
         self._load()
-        right = 0
-        with torch.no_grad():
-            for start in range(0, len(indices), _BATCH):
-                batch = indices[start : start + _BATCH]
-                guess = self._model.module(samples.inputs(batch)).argmax(dim=1)
-                right += int((guess == samples.targets(batch)).sum())
-        return right / len(indices)
+        return accuracy(self._model, samples, indices, normalised_by_batch=normalised_by_batch)
 
     def lowest_feature(self) -> float:
         """Return the smallest input of the last layer on random inputs."""
@@ -182,16 +193,20 @@ class GlobalModel:
         model = self._model
         model.load(self._state)
         model.module.train()
+        for norm in self._still:
+            norm.eval()
         torch.manual_seed(seed64(self._seed, Purpose.LOCAL, *self._key))
         gradient = torch.empty(split, device=model.state.device)
         total = torch.zeros_like(gradient)
-        for step, chosen in enumerate(batches):
+        parameters = model.state[:split]
+        self._training.begin(parameters)
+        for chosen in batches:
             logits = model.module(self._images(chosen))[: len(chosen)]
             targets = torch.from_numpy(self._auxiliary.labels[chosen]).to(logits.device)
             model.gradient(torch.nn.functional.cross_entropy(logits, targets), gradient)
-            total += gradient
-            if step + 1 < len(batches):
-                model.state[:split].sub_(gradient, alpha=self.learning_rate)
+            direction = self._training.direction(gradient, parameters)
+            total += direction
+            self._training.step(parameters, direction)
         update: NDArray[np.float32] = torch.cat([total, model.buffers]).cpu().numpy()
         return update
 

@@ -32,6 +32,8 @@ class Facts:
         The smallest feature seen in a trial run of the initial model, or None where none was made.
     planted
         Whether the server gives every client a model of its own.
+    withheld
+        Whether the last layer is not shared.
     """
 
     classes: int
@@ -46,6 +48,7 @@ class Facts:
     undoable: bool = True
     lowest_feature: float | None = None
     planted: bool = False
+    withheld: bool = False
 
     @property
     def labels(self) -> int:
@@ -53,8 +56,13 @@ class Facts:
         return self.batch_size * self.local_steps
 
 
+_OF_LAST_LAYER = {Observed.ROW_SUMS, Observed.BIAS_GRADIENT, Observed.WEIGHT_GRADIENT}
+
+
 def not_applicable(attack: Attack, facts: Facts) -> str:
     """Return why an attack cannot be run in a scenario; empty where it can."""
+    if facts.withheld and attack.observes & _OF_LAST_LAYER:
+        return "the last layer is withheld"
     if Observed.BIAS_GRADIENT in attack.observes and not facts.bias:
         return "the last layer has no bias"
     if Observed.STATISTICS in attack.observes and not facts.statistics:

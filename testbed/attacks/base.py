@@ -102,6 +102,8 @@ class Observations:
     update
         float32 [N, P + S], or None: the whole update as it is shared, gradients of all parameters
         (summed over the local steps), then the buffers.
+    norm
+        float [N], or None: Euclidean norm of the gradient part of each update. Every attack sees it.
     posterior
         float [N, C], or None: the batch's mean posterior, which is part of the truth: only
         `Knowledge.TRUTH` sees it.
@@ -116,6 +118,7 @@ class Observations:
     statistics: Array | None = None
     update: Array | None = None
     posterior: Array | None = None
+    norm: Array | None = None
 
     def rows(self, chosen: slice) -> "Observations":
         """Return the observations of some of the updates."""

@@ -28,6 +28,7 @@ class _Guess(Attack):
     """What the guesses share: each update has a random stream of its own, whoever else is there."""
 
     knowledge: ClassVar[Knowledge] = Knowledge.GRADIENTS
+    observes: ClassVar = frozenset()
     calibrated_by: ClassVar = ()
     calibration_arrays: ClassVar = {"seed": ((), "u8")}
 
@@ -91,6 +92,7 @@ class PriorGuess(Attack):
     title: ClassVar[str] = "Prior"
     knowledge: ClassVar[Knowledge] = Knowledge.AUXILIARY
     source: ClassVar[str] = "baseline"
+    observes: ClassVar = frozenset()
     calibrated_by: ClassVar = ()
     calibration_arrays: ClassVar = {"prior": (("class",), "f8")}
 

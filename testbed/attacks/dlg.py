@@ -61,7 +61,7 @@ class DLG(Attack):
     title: ClassVar[str] = "DLG"
     knowledge: ClassVar[Knowledge] = Knowledge.MODEL
     source: ClassVar[str] = "Zhu et al., NeurIPS 2019 (arXiv 1906.08935)"
-    observes: ClassVar = frozenset({Observed.UPDATE})
+    observes: ClassVar = frozenset({Observed.ROW_SUMS, Observed.UPDATE})
     assumes: ClassVar = frozenset({Assumption.ONE_STEP})
     calibration_arrays: ClassVar = {
         "counts": (("client", "class"), "f8"),

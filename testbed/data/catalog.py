@@ -1,16 +1,37 @@
 """The data sets by name, and what is known of each without reading it."""
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from testbed.data.cifar import load_cifar100
+from testbed.data.celeba import SHAPE, VARIANTS, open_celeba
+from testbed.data.cifar import load_cifar10, load_cifar100
 from testbed.data.dataset import Dataset, kind_of
 from testbed.data.digits import load_digits
+from testbed.data.emnist import VARIANTS as CHARACTERS
+from testbed.data.emnist import load_emnist
+from testbed.data.femnist import load_femnist
 from testbed.data.idx import load_mnist
+from testbed.data.images import open_images
+from testbed.data.lazy import LazyDataset, in_memory
 from testbed.data.npz import describe_npz, load_npz
+from testbed.data.packed import open_packed
+from testbed.data.recognise import hint
+from testbed.data.svhn import load_svhn
 from testbed.errors import UserError, suggest
+
+Shape = tuple[int, int, int]
+
+
+def _whole(load: Callable[[Path | None], Dataset]) -> Callable[[Path | None, str], LazyDataset]:
+    """Return the opener of a data set without variants that is read at once."""
+    return lambda root, _variant: in_memory(load(root))
+
+
+def _outline(data: LazyDataset) -> tuple[int, Shape]:
+    return data.classes, data.shape
 
 
 @dataclass(frozen=True)
@@ -22,21 +43,31 @@ class DatasetInfo:
     name, description
         For the experiment file and for lists.
     classes
-        The number of classes; None where the file decides.
+        The number of classes, of the default variant; None where the file decides.
     shape
         (channels, height, width); None where the file decides.
     root
         What ``data.root`` must be: ``"folder"``, ``"file"``, or ``""`` where it is not read.
-    load
-        Reads the data set from ``data.root``; raises `UserError`.
+    open
+        Reads the data set from ``data.root`` and a variant (empty for a data set without any), or
+        enough of it to know its samples; raises `UserError`.
+    variants
+        The values of ``data.variant``, the default first; empty for none.
+    variant_classes
+        The number of classes by variant, where it is not `classes`; None where the file decides.
+    outline
+        Where the file decides: reads the number of classes and the shape, but no images.
     """
 
     name: str
     description: str
     classes: int | None
-    shape: tuple[int, int, int] | None
+    shape: Shape | None
     root: str
-    load: Callable[[Path | None], Dataset]
+    open: Callable[[Path | None, str], LazyDataset]
+    variants: tuple[str, ...] = ()
+    variant_classes: Mapping[str, int | None] = field(default_factory=dict)
+    outline: Callable[[Path, str], tuple[int, Shape]] | None = None
 
 
 DATASETS: Mapping[str, DatasetInfo] = MappingProxyType(
@@ -49,7 +80,7 @@ DATASETS: Mapping[str, DatasetInfo] = MappingProxyType(
                 classes=10,
                 shape=(1, 8, 8),
                 root="",
-                load=load_digits,
+                open=_whole(load_digits),
             ),
             DatasetInfo(
                 name="mnist",
@@ -57,7 +88,41 @@ DATASETS: Mapping[str, DatasetInfo] = MappingProxyType(
                 classes=10,
                 shape=(1, 28, 28),
                 root="folder",
-                load=load_mnist,
+                open=_whole(load_mnist),
+            ),
+            DatasetInfo(
+                name="emnist",
+                description="EMNIST, characters in MNIST's format, plain or gzip",
+                classes=len(CHARACTERS["byclass"]),
+                shape=(1, 28, 28),
+                root="folder",
+                open=lambda root, variant: in_memory(load_emnist(root, variant), variant),
+                variants=tuple(CHARACTERS),
+                variant_classes={name: len(known) for name, known in CHARACTERS.items()},
+            ),
+            DatasetInfo(
+                name="femnist",
+                description="FEMNIST, characters by writer, from the JSON files of LEAF",
+                classes=62,
+                shape=(1, 28, 28),
+                root="folder",
+                open=_whole(load_femnist),
+            ),
+            DatasetInfo(
+                name="svhn",
+                description="SVHN, house numbers as single digits, from the MATLAB files",
+                classes=10,
+                shape=(3, 32, 32),
+                root="folder",
+                open=_whole(load_svhn),
+            ),
+            DatasetInfo(
+                name="cifar10",
+                description="CIFAR-10, from the official Python version",
+                classes=10,
+                shape=(3, 32, 32),
+                root="folder",
+                open=_whole(load_cifar10),
             ),
             DatasetInfo(
                 name="cifar100",
@@ -65,7 +130,27 @@ DATASETS: Mapping[str, DatasetInfo] = MappingProxyType(
                 classes=100,
                 shape=(3, 32, 32),
                 root="folder",
-                load=load_cifar100,
+                open=_whole(load_cifar100),
+            ),
+            DatasetInfo(
+                name="celeba",
+                description="CelebA, aligned faces: hair colour, gender or identity",
+                classes=5,
+                shape=SHAPE,
+                root="folder",
+                open=open_celeba,
+                variants=VARIANTS,
+                variant_classes={"gender": 2, "identity": None},
+                outline=lambda root, variant: _outline(open_celeba(root, variant)),
+            ),
+            DatasetInfo(
+                name="images",
+                description="your own image files, in a folder for each class",
+                classes=None,
+                shape=None,
+                root="folder",
+                open=lambda root, _variant: open_images(root),
+                outline=lambda root, _variant: _outline(open_images(root)),
             ),
             DatasetInfo(
                 name="npz",
@@ -73,14 +158,26 @@ DATASETS: Mapping[str, DatasetInfo] = MappingProxyType(
                 classes=None,
                 shape=None,
                 root="file",
-                load=load_npz,
+                open=_whole(load_npz),
+                outline=lambda root, _variant: describe_npz(root),
+            ),
+            DatasetInfo(
+                name="packed",
+                description="any of these, in the file that testbed data pack wrote",
+                classes=None,
+                shape=None,
+                root="file",
+                open=lambda root, _variant: open_packed(root),
+                outline=lambda root, _variant: _outline(open_packed(root)),
             ),
         )
     }
 )
 
 
-def load(name: str, root: Path | None) -> Dataset:
+def load(
+    name: str, root: Path | None, variant: str | None = None, limit: int | None = None
+) -> Dataset:
     """Read a data set.
 
     Parameters
@@ -89,28 +186,91 @@ def load(name: str, root: Path | None) -> Dataset:
         Its name in `DATASETS`.
     root
         The value of ``data.root``; ignored by a data set that reads no files.
+    variant
+        One of its variants; None for the default.
+    limit
+        How many training samples at most, of all classes, as `LazyDataset.limited` chooses them;
+        None for all.
 
     Raises
     ------
     UserError
-        If the name is unknown, or the root or a file is missing or damaged.
+        If a name is unknown, the limit too low, or the root or a file is missing or damaged. Where
+        the root seems to be that of another data set, the message says so.
     """
-    return _info(name).load(root)
+    return open_dataset(name, root, variant).limited(limit).load()
 
 
-def describe(name: str, root: Path | None) -> tuple[int | None, tuple[int, int, int] | None]:
+def open_dataset(name: str, root: Path | None, variant: str | None = None) -> LazyDataset:
+    """Read as much of a data set as is needed to know its samples; parameters as of `load`."""
+    chosen = check_variant(name, variant)
+    info = DATASETS[name]
+    try:
+        return info.open(root, chosen)
+    except UserError as error:
+        raise _with_hint(error, name, root) from error
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or root}: cannot be read ({error.strerror}); expected readable files "
+            "in data.root"
+        ) from error
+
+
+def describe(
+    name: str, root: Path | None, variant: str | None = None
+) -> tuple[int | None, Shape | None]:
     """Return the number of classes and (channels, height, width) of an image, reading no images.
 
-    Both are None for a file that is not there (yet). `UserError` if the name is unknown or the
-    file is damaged.
+    Both are None for a file or folder that decides about them and is not there (yet). `UserError`
+    if a name is unknown or the file is damaged.
+    """
+    chosen = check_variant(name, variant)
+    info = DATASETS[name]
+    classes = info.variant_classes.get(chosen, info.classes)
+    if classes is not None and info.shape is not None:
+        return classes, info.shape
+    if root is None or kind_of(root) != info.root:
+        return classes, info.shape
+    try:
+        return _outlined(name, root, chosen, root.stat().st_mtime_ns)
+    except UserError as error:
+        raise _with_hint(error, name, root) from error
+
+
+# A plan asks for every scenario, and the lists of 200,000 images take seconds.
+@functools.lru_cache(maxsize=16)
+def _outlined(name: str, root: Path, variant: str, _changed: int) -> tuple[int, Shape]:
+    outline = DATASETS[name].outline
+    if outline is None:
+        raise ValueError(f"{name}: neither classes nor shape are known, nor how to read them")
+    return outline(root, variant)
+
+
+def check_variant(name: str, variant: str | None) -> str:
+    """Return the variant of a data set that is meant; empty for a data set that has none.
+
+    `UserError` if the name or the variant is unknown.
     """
     info = _info(name)
-    if info.classes is not None or root is None or kind_of(root) != "file":
-        return info.classes, info.shape
-    return describe_npz(root)
+    if variant is None:
+        return info.variants[0] if info.variants else ""
+    if not info.variants:
+        raise UserError(
+            f"data.variant: {variant!r}; the data set {name!r} has no variants: leave it out"
+        )
+    if variant not in info.variants:
+        raise UserError(
+            f"data.variant: {name!r} has no variant {variant!r}; {suggest(variant, info.variants)}"
+        )
+    return variant
 
 
 def _info(name: str) -> DatasetInfo:
     if name not in DATASETS:
         raise UserError(f"data.name: unknown data set {name!r}; {suggest(name, DATASETS)}")
     return DATASETS[name]
+
+
+def _with_hint(error: UserError, name: str, root: Path | None) -> UserError:
+    more = hint(name, root) if DATASETS[name].root else ""
+    return UserError(f"{error}; {more}") if more else error

@@ -1,5 +1,6 @@
-"""CIFAR-100, from the official files of its Python version."""
+"""CIFAR-10 and CIFAR-100, from the official files of their Python versions."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,67 @@ from testbed.data.dataset import Dataset, check_counts, check_labels, kind_of, r
 from testbed.data.pickles import read_pickle
 from testbed.errors import UserError
 
-_FOLDER = "cifar-100-python"
 _PIXELS = 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How a data set's files are named, and what they call their parts."""
+
+    name: str
+    title: str
+    folder: str
+    classes: int
+    training: tuple[str, ...]
+    test: str
+    labels: str
+    meta: str
+    class_names: str
+
+
+_CIFAR10 = _Format(
+    name="cifar10",
+    title="CIFAR-10",
+    folder="cifar-10-batches-py",
+    classes=10,
+    training=tuple(f"data_batch_{i}" for i in range(1, 6)),
+    test="test_batch",
+    labels="labels",
+    meta="batches.meta",
+    class_names="label_names",
+)
+_CIFAR100 = _Format(
+    name="cifar100",
+    title="CIFAR-100",
+    folder="cifar-100-python",
+    classes=100,
+    training=("train",),
+    test="test",
+    labels="fine_labels",
+    meta="meta",
+    class_names="fine_label_names",
+)
+
+
+def load_cifar10(root: Path | None) -> Dataset:
+    """Return CIFAR-10, uint8 ``[n, 3, 32, 32]``, training images first, batch by batch.
+
+    Parameters
+    ----------
+    root
+        The folder with the files ``data_batch_1`` to ``data_batch_5`` and ``test_batch``, or the
+        one above, in which the official archive makes the folder ``cifar-10-batches-py``.
+
+    Raises
+    ------
+    UserError
+        If the folder or a file is missing, or a file is damaged or not one of CIFAR-10.
+
+    Notes
+    -----
+    Source and layout: as `load_cifar100`.
+    """
+    return _load(_CIFAR10, root)
 
 
 def load_cifar100(root: Path | None) -> Dataset:
@@ -33,38 +93,45 @@ def load_cifar100(root: Path | None) -> Dataset:
     Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. A row holds
     1024 red values, then green, then blue, each a 32x32 image row by row.
     """
-    folder = _find(require_root("cifar100", root, "folder"))
-    splits = [_read(folder / name) for name in ("train", "test")]
+    return _load(_CIFAR100, root)
+
+
+def _load(form: _Format, root: Path | None) -> Dataset:
+    folder = _find(form, require_root(form.name, root, "folder"))
+    splits = [_read(form, folder / name) for name in (*form.training, form.test)]
     return Dataset(
-        name="cifar100",
+        name=form.name,
         images=np.ascontiguousarray(np.concatenate([rows for rows, _ in splits])).reshape(
             -1, 3, 32, 32
         ),
         labels=np.concatenate([labels for _, labels in splits]),
-        classes=100,
+        classes=form.classes,
         scale=1 / 255,
-        test_start=len(splits[0][1]),
+        test_start=sum(len(labels) for _, labels in splits[:-1]),
+        class_names=_class_names(form, folder / form.meta),
     )
 
 
-def _find(root: Path) -> Path:
-    for folder in (root, root / _FOLDER):
-        if kind_of(folder / "train") == kind_of(folder / "test") == "file":
+def _find(form: _Format, root: Path) -> Path:
+    names = (*form.training, form.test)
+    for folder in (root, root / form.folder):
+        if all(kind_of(folder / name) == "file" for name in names):
             return folder
+    listed = f"{', '.join(names[:-1])} and {names[-1]}"
     raise UserError(
-        f"{root}: no CIFAR-100 here (looked for train and test, {_FOLDER}/train and "
-        f"{_FOLDER}/test); unpack the official {_FOLDER} archive and set data.root to its folder"
+        f"{root}: no {form.title} here (looked for {listed}, here and in {form.folder}/); unpack "
+        f"the official {form.folder} archive and set data.root to its folder"
     )
 
 
-def _read(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _read(form: _Format, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     content = read_pickle(path)
-    missing = [key for key in ("data", "fine_labels") if key not in content]
+    missing = [key for key in ("data", form.labels) if key not in content]
     if missing:
         found = ", ".join(repr(key[:20]) for key in sorted(content)[:8]) or "nothing"
         raise UserError(
             f"{path}: holds {found}, but no {' and no '.join(map(repr, missing))}; "
-            "expected a file of CIFAR-100's Python version"
+            f"expected a file of {form.title}'s Python version"
         )
     rows = content["data"]
     if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8:
@@ -74,20 +141,33 @@ def _read(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         raise UserError(
             f"{path}: 'data' has the shape {rows.shape}; expected (n, {_PIXELS}) with n > 0"
         )
-    labels = _labels(path, content["fine_labels"])
+    labels = _labels(form, path, content[form.labels])
     check_counts(path, len(rows), len(labels))
     return rows, labels
 
 
-def _labels(path: Path, values: Any) -> NDArray[np.int64]:
+def _labels(form: _Format, path: Path, values: Any) -> NDArray[np.int64]:
+    name, last = form.labels, form.classes - 1
     if isinstance(values, list):
         # Before NumPy sees them: it would turn strings, booleans and floats into integers.
         for value in values:
             if type(value) is not int or value.bit_length() > 62:
                 kind = "huge integer" if type(value) is int else type(value).__name__
-                raise UserError(f"{path}: 'fine_labels' holds a {kind}; expected integers 0..99")
+                raise UserError(f"{path}: '{name}' holds a {kind}; expected integers 0..{last}")
         values = np.array(values, np.int64)
     if not isinstance(values, np.ndarray) or values.ndim != 1 or len(values) == 0:
-        raise UserError(f"{path}: 'fine_labels' is not a list of integers; expected one per image")
-    check_labels(path, values, 100)
+        raise UserError(f"{path}: '{name}' is not a list of integers; expected one per image")
+    check_labels(path, values, form.classes)
     return values.astype(np.int64)
+
+
+def _class_names(form: _Format, path: Path) -> tuple[str, ...] | None:
+    if kind_of(path) != "file":
+        return None
+    names = read_pickle(path).get(form.class_names)
+    if not isinstance(names, list) or len(names) != form.classes:
+        raise UserError(
+            f"{path}: '{form.class_names}' is no list of {form.classes} names; expected the "
+            "official file: get it again, or remove it"
+        )
+    return tuple(n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n) for n in names)

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from testbed.errors import UserError
 
+Images = NDArray[np.uint8] | NDArray[np.float32]
+"""``[n, channels, height, width]``."""
+
 
 # Identity is the only equality that makes sense for large arrays.
 @dataclass(frozen=True, eq=False)
@@ -30,14 +33,22 @@ class Dataset:
         ``images * scale`` is in [0, 1].
     test_start
         Index of the first image of the official test split; None where there is none.
+    users
+        int64 ``[n]``: whose each sample is, numbered from 0 without gaps in the training part, and
+        -1 for a sample of nobody's; None for a data set without users. Users of the official test
+        split alone have the numbers that follow.
+    class_names
+        One for each class; None where they are not known.
     """
 
     name: str
-    images: NDArray[np.uint8] | NDArray[np.float32]
+    images: Images
     labels: NDArray[np.int64]
     classes: int
     scale: float
     test_start: int | None
+    users: NDArray[np.int64] | None = None
+    class_names: tuple[str, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -106,8 +117,8 @@ def check_counts(path: Path, images: int, labels: int) -> None:
         )
 
 
-def check_labels(path: Path, labels: NDArray[Any], classes: int) -> None:
-    """Refuse labels outside 0..classes-1.
+def check_labels(path: Path, labels: NDArray[Any], classes: int, first: int = 0) -> None:
+    """Refuse labels outside first..first+classes-1.
 
     Parameters
     ----------
@@ -117,7 +128,30 @@ def check_labels(path: Path, labels: NDArray[Any], classes: int) -> None:
         Integers of any width ``[n]``, n > 0.
     classes
         The number of classes.
+    first
+        The label of the first class in the file.
     """
+    last = first + classes - 1
     for extreme in (int(labels.min()), int(labels.max())):
-        if not 0 <= extreme < classes:
-            raise UserError(f"{path}: holds the label {extreme}; expected 0..{classes - 1}")
+        if not first <= extreme <= last:
+            raise UserError(f"{path}: holds the label {extreme}; expected {first}..{last}")
+
+
+def number_users(keys: NDArray[np.int64], test_start: int | None) -> NDArray[np.int64]:
+    """Return the users' numbers as `Dataset` has them.
+
+    Parameters
+    ----------
+    keys
+        int64 ``[n]``: any number of 0 or more for each user, -1 for nobody.
+    test_start
+        As in `Dataset`.
+    """
+    training = np.unique(keys[:test_start])
+    # Negative: so that -1 comes first among the sorted, and stays -1.
+    known = np.union1d(training, [-1])
+    others = np.setdiff1d(keys, known)
+    order = np.concatenate((known, others))
+    by_key = np.argsort(order)
+    numbers: NDArray[np.int64] = by_key[np.searchsorted(order, keys, sorter=by_key)] - 1
+    return numbers

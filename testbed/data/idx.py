@@ -40,24 +40,67 @@ def load_mnist(root: Path | None) -> Dataset:
         If the folder or a file is missing, damaged, or at odds with another one.
     """
     folder = require_root("mnist", root, "folder")
+    images, labels, test_start = read_splits(
+        folder, ("train", "t10k"), 10, hint="set data.root to the folder with the four MNIST files"
+    )
+    return Dataset(
+        name="mnist",
+        images=images[:, None],
+        labels=labels,
+        classes=10,
+        scale=1 / 255,
+        test_start=test_start,
+        class_names=tuple("0123456789"),
+    )
+
+
+def read_splits(
+    folder: Path, stems: tuple[str, str], classes: int, *, first: int = 0, hint: str
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], int]:
+    """Read the four IDX files of a data set with 28x28 images.
+
+    Parameters
+    ----------
+    folder
+        Where they are.
+    stems
+        What the names of the training and of the test files begin with.
+    classes
+        The number of classes.
+    first
+        The label of the first class in the files.
+    hint
+        What to do where a file is missing.
+
+    Returns
+    -------
+    images
+        uint8 ``[n, 28, 28]``, training images first.
+    labels
+        int64 ``[n]``, from 0.
+    test_start
+        The number of training images.
+
+    Raises
+    ------
+    UserError
+        If a file is missing, damaged, or at odds with another one.
+    """
     paths = {
-        (split, kind): _find(folder, f"{split}-{kind}", f"idx{ndim}-ubyte")
-        for split in ("train", "t10k")
+        (stem, kind): _find(folder, f"{stem}-{kind}", f"idx{ndim}-ubyte", hint)
+        for stem in stems
         for kind, ndim in (("images", 3), ("labels", 1))
     }
     images, labels = [], []
-    for split in ("train", "t10k"):
-        images.append(read_idx(paths[split, "images"], (None, 28, 28)))
-        labels.append(read_idx(paths[split, "labels"], (None,)))
-        check_counts(paths[split, "labels"], len(images[-1]), len(labels[-1]))
-        check_labels(paths[split, "labels"], labels[-1], 10)
-    return Dataset(
-        name="mnist",
-        images=np.concatenate(images)[:, None],
-        labels=np.concatenate(labels).astype(np.int64),
-        classes=10,
-        scale=1 / 255,
-        test_start=len(images[0]),
+    for stem in stems:
+        images.append(read_idx(paths[stem, "images"], (None, 28, 28)))
+        labels.append(read_idx(paths[stem, "labels"], (None,)))
+        check_counts(paths[stem, "labels"], len(images[-1]), len(labels[-1]))
+        check_labels(paths[stem, "labels"], labels[-1], classes, first)
+    return (
+        np.concatenate(images),
+        np.concatenate(labels).astype(np.int64) - first,
+        len(images[0]),
     )
 
 
@@ -165,12 +208,9 @@ def _sizes(shape: tuple[int | None, ...]) -> str:
     return " x ".join("n" if size is None else str(size) for size in shape)
 
 
-def _find(folder: Path, stem: str, suffix: str) -> Path:
+def _find(folder: Path, stem: str, suffix: str, hint: str) -> Path:
     names = [f"{stem}{dot}{suffix}{gz}" for dot in "-." for gz in ("", ".gz")]
     for name in names:
         if kind_of(folder / name) == "file":
             return folder / name
-    raise UserError(
-        f"{folder}: no file {stem}-{suffix} (looked for {', '.join(names)}); "
-        "set data.root to the folder with the four MNIST files"
-    )
+    raise UserError(f"{folder}: no file {stem}-{suffix} (looked for {', '.join(names)}); {hint}")

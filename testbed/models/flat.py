@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from testbed.defenses.base import Tensors
 from testbed.errors import UserError
 from testbed.models.last_layer import LastLayer
 from testbed.update import UpdateLayout
@@ -30,6 +31,10 @@ class FlatModel:
         The module, on ``device``.
     layout
         Where parameters, buffers and the last layer lie.
+    tensors
+        Where each parameter tensor lies.
+    frozen
+        Where the parameters lie that are not trained.
     state
         float32 [parameters + buffers]: parameters, then float buffers (BatchNorm's statistics).
     """
@@ -60,6 +65,18 @@ class FlatModel:
             weight=offsets[last_layer.weight],
             bias=None if last_layer.bias is None else offsets[last_layer.bias],
         )
+        self.tensors = Tensors(
+            names=tuple(parameters),
+            offsets=np.cumsum([0, *(tensor.numel() for tensor in parameters.values())]),
+            weight=slice(
+                self.layout.weight,
+                self.layout.weight + last_layer.classes * last_layer.features,
+            ),
+            bias=None
+            if self.layout.bias is None
+            else slice(self.layout.bias, self.layout.bias + last_layer.classes),
+            classes=last_layer.classes,
+        )
         self.state = torch.empty(self.layout.size, device=device)
         with torch.no_grad():
             for name, tensor in (parameters | floats).items():
@@ -72,6 +89,11 @@ class FlatModel:
             (buffer, buffer.clone())
             for buffer in module.buffers()
             if not buffer.is_floating_point()
+        ]
+        self.frozen = [
+            slice(offsets[name], offsets[name] + sizes[name])
+            for name, parameter in parameters.items()
+            if not parameter.requires_grad
         ]
         self._trained = [p for p in parameters.values() if p.requires_grad]
         # A frozen parameter has its place in an update, and no gradient.

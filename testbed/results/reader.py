@@ -60,7 +60,7 @@ class AttackInfo:
     name, title, source
         As registered; ``source`` names the publication.
     knowledge
-        ``gradients``, ``model`` or ``auxiliary``.
+        ``gradients``, ``model``, ``auxiliary``, ``malicious`` or ``truth``.
     options
         Its knobs.
     answers
@@ -71,6 +71,12 @@ class AttackInfo:
         Those of its assumptions that the scenario breaks, and what was found instead.
     not_applicable
         Why it was not run in this scenario; empty where it was.
+    target
+        Which truth its answers are about: the ``update``'s own labels, or those ``accumulated``
+        over all updates of the client so far.
+    adapted, adaptation
+        Label of the plain attack that it is, as run by someone who knows the defences, and what
+        that one does about each; both empty for a plain attack.
     """
 
     name: str
@@ -83,6 +89,9 @@ class AttackInfo:
     assumes: Sequence[str] = ()
     broken: Mapping[str, str] = field(default_factory=dict)
     not_applicable: str = ""
+    target: str = "update"
+    adapted: str = ""
+    adaptation: Sequence[str] = ()
 
 
 class Scenario:
@@ -96,6 +105,12 @@ class Scenario:
         All dotted keys of the scenario and their values, and those that the sweep set.
     rounds, clients, classes
         Lengths of the axes; ``rounds`` are those planned.
+    members
+        Clients of a round: as many as ``clients``, or those whose sum is the one update that the
+        server sees of a round, where secure aggregation makes ``clients`` 1.
+    privacy
+        What an accountant says: ``epsilon``, ``delta`` and what they rest on; empty where there is
+        no guarantee.
     committed
         Rounds that can be read.
     attacks
@@ -111,6 +126,8 @@ class Scenario:
         self.rounds = len(group["round"])
         self.clients = len(group["client"])
         self.classes = len(group["class"])
+        self.members = len(group["member"]) if "member" in group else self.clients
+        self.privacy: dict[str, Any] = json.loads(group.attrs.get("privacy", "{}"))
         infos = cast("dict[str, AttackInfo]", _dispatch(group["attacks"], "attacks"))
         # HDF5 lists names alphabetically; the experiment's own order is the one to show.
         listed = self.parameters.get("attacks") or ()
@@ -383,7 +400,7 @@ def _attacks(group: h5py.Group) -> "dict[str, AttackInfo]":
 def _describe(group: h5py.Group) -> AttackInfo:
     _dispatch(group, "attack")
     attributes = {key: group.attrs[key] for key in ("name", "title", "knowledge", "source")}
-    told = group.attrs  # version 1.0 said less
+    told = group.attrs  # versions 1.0 and 1.1 said less
     return AttackInfo(
         **attributes,
         options=json.loads(told["options"]),
@@ -392,6 +409,9 @@ def _describe(group: h5py.Group) -> AttackInfo:
         assumes=json.loads(told.get("assumes", "[]")),
         broken=json.loads(told.get("broken_assumptions", "{}")),
         not_applicable=told.get("not_applicable", ""),
+        target=told.get("target", "update"),
+        adapted=told.get("adapted", ""),
+        adaptation=json.loads(told.get("adaptation", "[]")),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-FILE_ENCODING = ("testbed-results", "1.1")
+FILE_ENCODING = ("testbed-results", "1.2")
 # Of each dataset, beside its values: header, attributes, index of chunks; measured, rounded up.
 _STRUCTURE_BYTES = 2000
 # Of a position on an axis.
@@ -27,6 +27,9 @@ Calibrations = Mapping[str, tuple[tuple[str | int, ...], str]]
 ANSWERS = {"counts": "<i4", "presence": "|i1", "distribution": "<f8"}
 _ANONYMOUS = "length_"
 
+# What the labels of attacks end in that stand beside a plain one.
+ADAPTED, ACCUMULATED = "+adapted", "+rounds"
+
 
 @dataclass(frozen=True)
 class ArraySpec:
@@ -35,7 +38,7 @@ class ArraySpec:
     Attributes
     ----------
     axes
-        Names of the axes: ``round``, ``client``, ``class``, ``feature``, ``buffer``,
+        Names of the axes: ``round``, ``client``, ``member``, ``class``, ``feature``, ``buffer``,
         ``parameter``; ``length_N`` is an axis of length N without a meaning of its own.
     dtype
         NumPy dtype string.
@@ -61,6 +64,9 @@ def scenario_arrays(
     attacks: Mapping[str, tuple[str, Calibrations]],
     statistics: bool = False,
     update: bool = False,
+    member: bool = False,
+    accumulated: bool = False,
+    varying: bool = False,
 ) -> dict[str, ArraySpec]:
     """Return the arrays of a scenario by path.
 
@@ -77,6 +83,13 @@ def scenario_arrays(
         Whether BatchNorm's statistics are kept.
     update
         Whether whole updates are kept.
+    member
+        Whether the server sees only the sum of the round's clients, so that what is known of each
+        client has an axis of its own.
+    accumulated
+        Whether some attack is on sums over the rounds.
+    varying
+        Whether updates differ in their local steps, so that calibrations are each update's own.
     """
     per_class = ("round", "client", "class")
     arrays = {
@@ -84,7 +97,10 @@ def scenario_arrays(
         "truth/posterior": ArraySpec(per_class, "<f4"),
         "observations/labels": ArraySpec(per_class[:2], "<i4"),
         "observations/row_sums": ArraySpec(per_class, "<f4"),
+        "observations/norm": ArraySpec(per_class[:2], "<f4"),
     }
+    if accumulated:
+        arrays["truth/accumulated"] = ArraySpec(per_class, "<i4")
     if bias:
         arrays["observations/bias_gradient"] = ArraySpec(per_class, "<f4")
     if weight:
@@ -104,13 +120,20 @@ def scenario_arrays(
         arrays[f"attacks/{label}/{answer}"] = ArraySpec(per_class, ANSWERS[answer])
         for name, (axes, dtype) in calibration.items():
             named = [f"{_ANONYMOUS}{axis}" if isinstance(axis, int) else axis for axis in axes]
+            if varying and named[:1] != ["client"]:
+                named.insert(0, "client")
             arrays[f"attacks/{label}/calibration/{name}"] = ArraySpec(
                 ("round", *named), np.dtype(dtype).newbyteorder("<").str
             )
         arrays[f"timings/attacks/{label}"] = ArraySpec(("round",), "<f8")
     for name in ("loss", "accuracy"):
         arrays[f"rounds/{name}"] = ArraySpec(("round",), "<f8")
-    per_client = ("round", "client")
+    per_client = ("round", "member" if member else "client")
+    arrays["updates/client"] = ArraySpec(per_client, "<i4")
+    arrays["updates/local_steps"] = ArraySpec(per_client, "<i4")
+    arrays["updates/arrived"] = ArraySpec(per_client, "|u1")
+    if member:
+        arrays["updates/clipped"] = ArraySpec(per_client, "<i4")
     arrays["updates/loss"] = ArraySpec(per_client, "<f8")
     arrays["updates/bytes_on_wire"] = ArraySpec(per_client, "<i8")
     arrays["updates/finite"] = ArraySpec(per_client, "|u1")

@@ -45,6 +45,9 @@ class AttackHeader:
     assumes: Sequence[str] = ()
     broken: Mapping[str, str] = field(default_factory=dict)
     not_applicable: str = ""
+    target: str = "update"
+    adapted: str = ""
+    adaptation: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class ScenarioHeader:
     lengths: Mapping[str, int]
     arrays: Mapping[str, ArraySpec]
     attacks: Mapping[str, AttackHeader]
+    privacy: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -302,6 +306,7 @@ class ResultsWriter:
         group.attrs["model_parameters"] = header.model_parameters
         group.attrs["model_buffers"] = header.model_buffers
         group.attrs["last_layer"] = header.last_layer
+        group.attrs["privacy"] = json.dumps(dict(header.privacy))
         for axis, length in header.lengths.items():
             _scale(group, axis, length)
         for path, spec in header.arrays.items():
@@ -335,6 +340,9 @@ class ResultsWriter:
             described.attrs["assumes"] = json.dumps(list(attack.assumes))
             described.attrs["broken_assumptions"] = json.dumps(dict(attack.broken))
             described.attrs["not_applicable"] = attack.not_applicable
+            described.attrs["target"] = attack.target
+            described.attrs["adapted"] = attack.adapted
+            described.attrs["adaptation"] = json.dumps(list(attack.adaptation))
             if "calibration" in described:
                 _encode(described["calibration"], "calibration")
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,12 @@ class Worker(Protocol):
     def work(self, task: Task, message: Message) -> None:
         """Do a client's local work at the loaded model and write its update."""
 
+    def take_sum(self) -> NDArray[Any]:
+        """Return the sum of the updates since the last call; for plans that reduce.
+
+        uint32 or uint64, of what an update shares.
+        """
+
 
 class Downlink(ABC):
     """The root's side of one scenario."""
@@ -40,6 +46,14 @@ class Downlink(ABC):
         """Return a client's update. Tasks are asked for in the order of the plan.
 
         The message is valid until the next call.
+        """
+
+    @abstractmethod
+    def reduce(self, total: NDArray[Any]) -> None:
+        """Add up all workers' sums of the next round, of plans that reduce.
+
+        Called once a round, after its messages have been received. ``total`` holds zeros, and
+        receives the sum; its type and length are those of `Worker.take_sum`.
         """
 
     def __enter__(self) -> "Downlink":
@@ -111,17 +125,28 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def serve(self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker) -> None:
-        """Work through a scenario on a rank that is not the root."""
+    def serve(
+        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker, *, capacity: int
+    ) -> None:
+        """Work through a scenario on a rank that is not the root.
+
+        ``capacity`` is the most bytes that an update takes as it is shared.
+        """
 
     @abstractmethod
     def open(
-        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker | None, *, buffers: int
+        self,
+        plan: ScenarioPlan,
+        layout: UpdateLayout,
+        worker: Worker | None,
+        *,
+        buffers: int,
+        capacity: int,
     ) -> Downlink:
         """Begin a scenario on the root.
 
         ``worker`` computes where the root is the only rank, and is None elsewhere; ``buffers``
-        bounds the updates that the root holds at once.
+        bounds the updates that the root holds at once; ``capacity`` as for `serve`.
         """
 
     @abstractmethod

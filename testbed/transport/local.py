@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,16 +46,24 @@ class LocalTransport(Transport):
         return load()
 
     @override
-    def serve(self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker) -> None:
+    def serve(
+        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker, *, capacity: int
+    ) -> None:
         raise RuntimeError("a run of one process has no rank beside the root")
 
     @override
     def open(
-        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker | None, *, buffers: int
+        self,
+        plan: ScenarioPlan,
+        layout: UpdateLayout,
+        worker: Worker | None,
+        *,
+        buffers: int,
+        capacity: int,
     ) -> Downlink:
         if worker is None:
             raise ValueError("the only rank of a run needs a worker")
-        return _LocalDownlink(Message(layout, self.allocate), worker)
+        return _LocalDownlink(Message(layout, self.allocate, capacity), worker)
 
     @override
     def abort(self, status: int) -> None:
@@ -85,6 +93,10 @@ class _LocalDownlink(Downlink):
             self._loaded = task.round
         self._worker.work(task, self._message)
         return self._message
+
+    @override
+    def reduce(self, total: NDArray[Any]) -> None:
+        total[:] = self._worker.take_sum()
 
     @override
     def __exit__(

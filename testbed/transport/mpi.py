@@ -13,7 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -38,6 +38,8 @@ class MPITransport(Transport):
     def __init__(self) -> None:
         world = MPI.COMM_WORLD
         self._comm = world.Dup()
+        # Apart from the broadcasts of models: the ranks do not start both in the same order.
+        self._reductions = world.Dup()
         self._node = MPI.Intracomm(world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank))
         self.rank = world.rank
         self.size = world.size
@@ -114,10 +116,12 @@ class MPITransport(Transport):
         return description, shared
 
     @override
-    def serve(self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker) -> None:
-        _check_size(layout)
+    def serve(
+        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker, *, capacity: int
+    ) -> None:
+        _check_size(layout, capacity)
         model = np.empty((2, layout.size), np.float32)
-        messages = itertools.cycle([Message(layout, self.allocate), Message(layout, self.allocate)])
+        messages = itertools.cycle([Message(layout, self.allocate, capacity) for _ in range(2)])
         sends: deque[MPI.Request] = deque()
         shares = plan.share(self.rank - 1, self.workers)
         # Two models and two messages: the next model may arrive, and the last update leave, while
@@ -140,7 +144,11 @@ class MPITransport(Transport):
                 worker.work(task, message)
                 # Synchronous: completes only when the root has posted the receive, so that no
                 # library buffers updates without bound on the root.
-                sends.append(self._comm.Issend(_items(message), dest=0, tag=_UPDATE))
+                sends.append(self._comm.Issend(_sent(message), dest=0, tag=_UPDATE))
+            if plan.reduces:
+                # Named, for the request alone does not keep the buffer of a reduction alive.
+                total = worker.take_sum()
+                _wait(self._reductions.Ireduce(total, None, op=MPI.SUM, root=0))
         for send in sends:
             _wait(send)
 
@@ -151,13 +159,20 @@ class MPITransport(Transport):
 
     @override
     def open(
-        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker | None, *, buffers: int
+        self,
+        plan: ScenarioPlan,
+        layout: UpdateLayout,
+        worker: Worker | None,
+        *,
+        buffers: int,
+        capacity: int,
     ) -> Downlink:
-        _check_size(layout)
+        _check_size(layout, capacity)
         messages = [
-            Message(layout, self.allocate) for _ in range(min(buffers, max(2 * self.workers, 2)))
+            Message(layout, self.allocate, capacity)
+            for _ in range(min(buffers, max(2 * self.workers, 2)))
         ]
-        return _MPIDownlink(self._comm, plan, self.workers, messages)
+        return _MPIDownlink(self._comm, self._reductions, plan, self.workers, messages)
 
     @override
     def finish(self) -> None:
@@ -168,9 +183,15 @@ class MPITransport(Transport):
 
 class _MPIDownlink(Downlink):
     def __init__(
-        self, comm: MPI.Intracomm, plan: ScenarioPlan, workers: int, messages: list[Message]
+        self,
+        comm: MPI.Intracomm,
+        reductions: MPI.Intracomm,
+        plan: ScenarioPlan,
+        workers: int,
+        messages: list[Message],
     ) -> None:
         self._comm = comm
+        self._reductions = reductions
         self._plan = plan
         self._workers = workers
         self._models: deque[tuple[int, list[MPI.Request]]] = deque()
@@ -203,7 +224,11 @@ class _MPIDownlink(Downlink):
             self._post(self._current)
             self._current = None
         expected, request, message = self._posted.popleft()
-        _wait(request)
+        status = MPI.Status()
+        _wait(request, status)
+        moved = 4 * status.Get_count(MPI.INT32_T)
+        if moved != message.used:
+            raise RuntimeError(f"an update of {task} says {message.used} bytes, {moved} came")
         header = message.header
         found = Task(int(header["scenario"]), int(header["round"]), int(header["client"]))
         if not found == expected == task:
@@ -214,6 +239,11 @@ class _MPIDownlink(Downlink):
                 _wait(sent)
         self._current = message
         return message
+
+    @override
+    def reduce(self, total: NDArray[Any]) -> None:
+        # The server takes part with nothing of its own, and sees the sum alone.
+        _wait(self._reductions.Ireduce(MPI.IN_PLACE, total, op=MPI.SUM, root=0))
 
     def _post(self, message: Message) -> None:
         task = next(self._tasks, None)
@@ -239,8 +269,13 @@ def _items(message: Message) -> NDArray[np.int32]:
     return message.buffer.view(np.int32)
 
 
-def _check_size(layout: UpdateLayout) -> None:
-    size = 4 * layout.size + (1 << 20)
+def _sent(message: Message) -> NDArray[np.int32]:
+    """Return what is sent of a message: no more than the update takes."""
+    return message.buffer[: message.used].view(np.int32)
+
+
+def _check_size(layout: UpdateLayout, capacity: int) -> None:
+    size = max(4 * layout.size, capacity) + (1 << 20)
     if size > _MAX_BYTES:
         raise UserError(
             f"an update of {layout.size} parameters is too large for one MPI message "
@@ -248,7 +283,7 @@ def _check_size(layout: UpdateLayout) -> None:
         )
 
 
-def _wait(request: MPI.Request) -> None:
+def _wait(request: MPI.Request, status: MPI.Status | None = None) -> None:
     """Wait without keeping a core from the ranks that compute.
 
     Open MPI spins in a blocking wait. Here a rank tests and gives way to others, which costs a
@@ -256,7 +291,7 @@ def _wait(request: MPI.Request) -> None:
     small share of the time that it has waited already.
     """
     started = time.monotonic()
-    while not request.Test():
+    while not request.Test(status):
         waited = time.monotonic() - started
         if waited < _PATIENCE:
             os.sched_yield()

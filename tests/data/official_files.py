@@ -1,11 +1,16 @@
 """Writes data files as their publishers do."""
 
 import gzip
+import json
 import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+from scipy import io
 
 IDX_TYPES = {"|u1": 0x08, "|i1": 0x09, ">i4": 0x0C, ">f4": 0x0D}
 
@@ -167,3 +172,141 @@ def write_cifar(folder: Path, train: int = 200, test: int = 100) -> None:
     """Write the files train and test of CIFAR-100, with random images."""
     for seed, (name, n) in enumerate((("train", train), ("test", test))):
         (folder / name).write_bytes(cifar_bytes(cifar_rows(n, seed), [i % 100 for i in range(n)]))
+
+
+def cifar10_bytes(rows: NDArray[np.uint8], labels: list[int]) -> bytes:
+    """Return a batch of CIFAR-10's Python version with all four of its keys."""
+    pickle = Python2Pickle()
+    pickle.raw(b"}")
+    pickle.put()
+    pickle.raw(b"(")
+    pickle.string(b"data")
+    pickle.array(rows.shape, b"u1", rows.tobytes())
+    pickle.string(b"labels")
+    pickle.integers(labels)
+    pickle.string(b"batch_label")
+    pickle.string(b"training batch 1 of 5")
+    pickle.string(b"filenames")
+    pickle.strings([b"leptodactylus_pentadactylus_s_%06d.png" % i for i in range(len(labels))])
+    pickle.raw(b"u")
+    return pickle.finish()
+
+
+CIFAR10_NAMES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+
+def write_cifar10(folder: Path, each: int = 20) -> None:
+    """Write CIFAR-10's five training batches, the test batch, and the names of its classes."""
+    for seed, name in enumerate(CIFAR10_NAMES):
+        rows = cifar_rows(each, seed)
+        (folder / name).write_bytes(cifar10_bytes(rows, [(i + seed) % 10 for i in range(each)]))
+    pickle = Python2Pickle()
+    pickle.raw(b"}")
+    pickle.put()
+    pickle.raw(b"(")
+    pickle.string(b"num_cases_per_batch")
+    pickle.integer(10000)
+    pickle.string(b"label_names")
+    pickle.strings([b"class%d" % i for i in range(10)])
+    pickle.raw(b"u")
+    (folder / "batches.meta").write_bytes(pickle.finish())
+
+
+def emnist_arrays(
+    split: str, n: int, classes: int, first: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return images as they are stored, columns first, and labels."""
+    images, labels = digits_like(n, 5 if split == "train" else 6, classes)
+    return images, labels + np.uint8(first)
+
+
+def write_emnist(folder: Path, variant: str, classes: int, *, first: int = 0) -> None:
+    """Write the four files of a variant of EMNIST, compressed, with every class twice."""
+    for split in ("train", "test"):
+        arrays = emnist_arrays(split, 2 * classes, classes, first)
+        for kind, array in zip(("images-idx3", "labels-idx1"), arrays, strict=True):
+            name = f"emnist-{variant}-{split}-{kind}-ubyte.gz"
+            (folder / name).write_bytes(gzip.compress(idx_bytes(array), 1))
+
+
+def svhn_arrays(n: int, seed: int) -> dict[str, NDArray[np.uint8]]:
+    """Return ``X`` [32, 32, 3, n] and ``y`` [n, 1] with labels 1..10."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(n) % 10 + 1).astype(np.uint8)
+    return {"X": rng.integers(0, 256, (32, 32, 3, n), dtype=np.uint8), "y": labels[:, None]}
+
+
+def write_svhn(folder: Path, train: int = 30, test: int = 20) -> None:
+    """Write the two files of SVHN's cropped digits, compressed as the official ones."""
+    for seed, (name, n) in enumerate((("train", train), ("test", test))):
+        io.savemat(folder / f"{name}_32x32.mat", svhn_arrays(n, seed), do_compression=True)
+
+
+def leaf_content(users: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, Any]:
+    """Return a file of LEAF's FEMNIST with random pixels for the labels of each user."""
+    rng = np.random.default_rng(seed)
+    return {
+        "users": list(users),
+        "num_samples": [len(labels) for labels in users.values()],
+        "user_data": {
+            user: {
+                "x": (rng.integers(0, 256, (len(labels), 784)) / 255).tolist(),
+                "y": list(labels),
+            }
+            for user, labels in users.items()
+        },
+    }
+
+
+def write_leaf(path: Path, content: Any) -> None:
+    """Write a JSON file, and the folder that it is in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+CELEBA_ATTRIBUTES = """
+    5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose
+    Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee
+    Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard
+    Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair
+    Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young
+    """.split()  # noqa: SIM905
+
+
+def write_celeba(
+    folder: Path,
+    attributes: Sequence[Sequence[str]],
+    identities: Sequence[int] | None = None,
+    splits: Sequence[int] | None = None,
+) -> list[str]:
+    """Write CelebA's lists, and an image whose grey level is its number times ten, as JPEG.
+
+    Parameters
+    ----------
+    attributes
+        Of each image: the names of the attributes that it has.
+    """
+    names = [f"{i:06d}.jpg" for i in range(1, len(attributes) + 1)]
+    lines = [str(len(names)), " ".join(CELEBA_ATTRIBUTES) + " "]
+    for name, has in zip(names, attributes, strict=True):
+        values = (" 1" if attribute in has else "-1" for attribute in CELEBA_ATTRIBUTES)
+        lines.append(f"{name} {' '.join(values)}")
+    (folder / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
+    for file, values in (
+        ("identity_CelebA.txt", identities),
+        ("list_eval_partition.txt", splits),
+    ):
+        if values is not None:
+            rows = [f"{name} {value}" for name, value in zip(names, values, strict=True)]
+            (folder / file).write_text("\n".join(rows) + "\n")
+    images = folder / "img_align_celeba"
+    images.mkdir()
+    for number, name in enumerate(names, 1):
+        Image.new("RGB", (178, 218), (10 * number, 0, 255)).save(images / name, quality=95)
+    return names
+
+
+def write_picture(path: Path, pixels: NDArray[np.uint8]) -> None:
+    """Write grey [h, w] or RGB [h, w, 3] in the format of the suffix, and the folder for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)

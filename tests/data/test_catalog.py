@@ -5,21 +5,37 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from official_files import write_cifar, write_mnist
+from official_files import (
+    leaf_content,
+    write_celeba,
+    write_cifar,
+    write_cifar10,
+    write_emnist,
+    write_leaf,
+    write_mnist,
+    write_svhn,
+)
 
-from testbed.data import DATASETS, describe, load
+from testbed.data import DATASETS, check_variant, describe, load
 from testbed.errors import UserError
+
+FOLDERS = ["mnist", "emnist", "femnist", "svhn", "cifar10", "cifar100", "celeba", "images"]
+FILES = ["npz", "packed"]
 
 
 def test_catalogue() -> None:
-    assert list(DATASETS) == ["digits", "mnist", "cifar100", "npz"]
+    assert list(DATASETS) == ["digits", *FOLDERS, *FILES]
     assert {name: info.root for name, info in DATASETS.items()} == {
         "digits": "",
-        "mnist": "folder",
-        "cifar100": "folder",
-        "npz": "file",
+        **dict.fromkeys(FOLDERS, "folder"),
+        **dict.fromkeys(FILES, "file"),
     }
     assert all(info.name == name and info.description for name, info in DATASETS.items())
+    variants = {name: info.variants for name, info in DATASETS.items() if info.variants}
+    assert variants == {
+        "emnist": ("byclass", "bymerge", "balanced", "letters", "digits", "mnist"),
+        "celeba": ("hair", "gender", "identity"),
+    }
     with pytest.raises(TypeError):
         DATASETS["new"] = DATASETS["digits"]  # type: ignore[index]
 
@@ -27,12 +43,22 @@ def test_catalogue() -> None:
 def test_catalogue_agrees_with_what_is_loaded(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     write_cifar(tmp_path)
-    for name in ("digits", "mnist", "cifar100"):
-        dataset = load(name, tmp_path)
+    write_cifar10(tmp_path)
+    write_svhn(tmp_path)
+    write_emnist(tmp_path, "byclass", 62)
+    (tmp_path / "faces").mkdir()
+    write_celeba(tmp_path / "faces", [["Bald"], ["Male"]])
+    leaf = tmp_path / "leaf"
+    for split in ("train", "test"):
+        write_leaf(leaf / split / "all_data_0.json", leaf_content({"u": [1, 2]}))
+    roots = {"celeba": tmp_path / "faces", "femnist": leaf}
+    for name in ("digits", *FOLDERS[:-1]):
+        dataset = load(name, roots.get(name, tmp_path))
         assert describe(name, None) == (dataset.classes, dataset.shape)
         assert dataset.name == name
         assert dataset.images.min() == 0
         assert dataset.images.max() * dataset.scale == 1
+        assert dataset.class_names is None or len(dataset.class_names) == dataset.classes
 
 
 def test_digits() -> None:
@@ -57,13 +83,13 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_name(call: object) -> None:
     assert callable(call)
     with pytest.raises(
-        UserError, match=r"data\.name: unknown data set 'mnits'; did you mean 'mnist'"
+        UserError, match=r"data\.name: unknown data set 'mnits'; did you mean 'e?mnist'"
     ):
         call("mnits", None)
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("mnist", "folder"), ("cifar100", "folder"), ("npz", "file")]
+    ("name", "kind"), [*((name, "folder") for name in FOLDERS), *((name, "file") for name in FILES)]
 )
 def test_wrong_root(tmp_path: Path, name: str, kind: str) -> None:
     with pytest.raises(UserError, match=rf"data\.root is not set: .*'{name}'.* {kind}"):
@@ -79,6 +105,18 @@ def test_wrong_root(tmp_path: Path, name: str, kind: str) -> None:
         load(name, Path("/dev/null"))
     with pytest.raises(UserError, match=r"cannot be looked at|does not exist"):
         load(name, tmp_path / ("long" * 1000))
+
+
+def test_variants() -> None:
+    assert check_variant("mnist", None) == ""
+    assert check_variant("emnist", None) == "byclass"
+    assert check_variant("celeba", "gender") == "gender"
+    with pytest.raises(
+        UserError, match=r"data\.variant: 'a'; the data set 'mnist' has no variants"
+    ):
+        load("mnist", None, "a")
+    with pytest.raises(UserError, match=r"no variant 'leters'; did you mean 'letters'"):
+        describe("emnist", None, "leters")
 
 
 def test_describe_npz_that_is_not_there(tmp_path: Path) -> None:
@@ -97,7 +135,8 @@ def test_dataset_is_frozen() -> None:
 def test_import_needs_numpy_only() -> None:
     code = (
         "import sys, testbed.data;"
-        "print(*{'torch', 'mpi4py', 'sklearn', 'scipy', 'h5py', 'pandas'} & set(sys.modules))"
+        "heavy = {'torch', 'mpi4py', 'sklearn', 'scipy', 'h5py', 'pandas', 'PIL'};"
+        "print(*heavy & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

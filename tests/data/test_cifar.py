@@ -63,7 +63,7 @@ def test_reads_repickled_files(tmp_path: Path, protocol: int, arrange: Any) -> N
 
 def test_wrong_folder_says_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "cifar-100-python.tar.gz").touch()
-    failure(tmp_path, str(tmp_path), "train and test", "cifar-100-python/test", "unpack")
+    failure(tmp_path, str(tmp_path), "train and test, here and in cifar-100-python/", "unpack")
 
 
 ROWS = cifar_rows(10, 3)

@@ -33,11 +33,32 @@ class Spec:
     broken, idle
         The assumptions that it breaks, and why an attack was not run, by label.
     errors
-        Share of the labels that an attack gets wrong, by label, in place of `ATTACKS`.
+        Share of the labels that an attack gets wrong, by label, in place of `ATTACKS`; of each
+        round, where there are several.
     accuracy
-        Of the rounds' models; those of a file where it is None were not evaluated.
+        Of the rounds' models, or of each one; those of a file where it is None were not evaluated.
     believed
         What the server takes for the number of labels, in multiples of what it is.
+    other
+        Further parameters, which are not swept.
+    steps
+        Local steps of each client, in place of ``local_steps``.
+    population
+        How many clients there are, of which those of a round are drawn; none are where it is 0.
+    dropout
+        Probability that a client's update does not arrive.
+    cohort
+        Members of the sum that is all the server sees of a round; 0 without secure aggregation.
+    trained
+        Whether the rounds are those of one training.
+    adapted
+        By label, the plain attack that an attack adapts.
+    accumulated
+        Attacks whose answers are about all updates of a client so far.
+    privacy
+        What the accountant says.
+    bytes_on_wire
+        Of each update.
     """
 
     swept: Mapping[str, Any] = field(default_factory=dict)
@@ -51,9 +72,31 @@ class Spec:
     answers: Mapping[str, str] = field(default_factory=dict)
     broken: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     idle: Mapping[str, str] = field(default_factory=dict)
-    errors: Mapping[str, float] = field(default_factory=dict)
-    accuracy: float | None = None
+    errors: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
+    accuracy: float | Sequence[float] | None = None
     believed: float = 1.0
+    other: Mapping[str, Any] = field(default_factory=dict)
+    steps: Sequence[int] = ()
+    population: int = 0
+    dropout: float = 0.0
+    cohort: int = 0
+    trained: bool = False
+    adapted: Mapping[str, str] = field(default_factory=dict)
+    accumulated: Sequence[str] = ()
+    privacy: Mapping[str, Any] = field(default_factory=dict)
+    bytes_on_wire: int = 400
+
+    @property
+    def updates(self) -> int:
+        """How many updates the server sees of a round."""
+        return 1 if self.cohort else self.clients
+
+    def local(self, client: int) -> int:
+        return self.steps[client] if self.steps else self.local_steps
+
+    def error(self, label: str, round_: int) -> float:
+        error = self.errors.get(label, ATTACKS.get(label, 0.3))
+        return error if isinstance(error, (int, float)) else error[round_]
 
     def answer(self, label: str) -> str:
         return self.answers.get(label, "counts")
@@ -68,10 +111,19 @@ class Spec:
             "data.name": "digits",
             "labels.distribution": "balanced",
             "model.name": "cnn",
+            "partition.kind": "shared",
+            "federation.algorithm": "fedavg"
+            if max(self.local_steps, *self.steps, 1) > 1
+            else "fedsgd",
+            "federation.fresh_model": not self.trained,
             "federation.batch_size": 8,
             "federation.attack_every": self.attack_every,
+            "federation.dropout": self.dropout,
             "pretraining.steps": None,
-            "attacks": [{"name": name, "label": name} for name in self.attacks],
+            "attacks": [
+                {"name": name, "label": name} for name in self.attacks if name not in self.adapted
+            ],
+            **self.other,
             **self.swept,
         }
 
@@ -88,54 +140,135 @@ def paper_sweep(rounds: int = 100, **options: Any) -> list[Spec]:
     ]
 
 
-def draw_round(spec: Spec, generator: np.random.Generator) -> dict[str, NDArray[Any]]:
-    """Draw a round that follows the identities of a last layer, with attacks that err at random."""
-    parameters, classes = spec.parameters, spec.classes
-    size = parameters["federation.batch_size"]
-    truth, posterior, bias, sums = [], [], [], []
-    guesses: dict[str, list[NDArray[Any]]] = {label: [] for label in spec.attacks}
-    for _ in range(spec.clients):
-        labels = generator.integers(classes, size=size * spec.local_steps)
-        if parameters["labels.distribution"] == "unbalanced":
-            labels[: len(labels) // 2], labels[-(len(labels) // 4) or len(labels) :] = (
-                generator.integers(classes, size=2)
-            )
-        p = np.exp(generator.normal(scale=0.3, size=(len(labels), classes)))
-        p /= p.sum(axis=1, keepdims=True)
-        gradient = spec.local_steps * (p - np.eye(classes)[labels])
-        mass = generator.normal(30, 3, size=(len(labels), 1))
-        truth.append(np.bincount(labels, minlength=classes))
-        posterior.append(p.mean(axis=0))
-        bias.append(gradient.mean(axis=0))
-        sums.append((gradient * mass).mean(axis=0))
-        for label in spec.attacks:
-            error = spec.errors.get(label, ATTACKS.get(label, 0.3))
-            wrong = generator.random(len(labels)) < error
-            guess = np.where(wrong, generator.integers(classes, size=len(labels)), labels)
-            guess = np.resize(guess, max(1, round(spec.believed * len(labels))))
-            found = np.bincount(guess, minlength=classes)
-            answers = {"presence": found > 0, "distribution": found / found.sum()}
-            guesses[label].append(answers.get(spec.answer(label), found))
-    rows = {
-        "truth/counts": np.array(truth),
-        "truth/posterior": np.array(posterior),
-        "observations/row_sums": np.array(sums),
-        "observations/bias_gradient": np.array(bias),
-        "observations/labels": np.full(
-            spec.clients, max(1, round(spec.believed * size * spec.local_steps))
-        ),
-        "updates/finite": np.ones(spec.clients),
-        **{
-            spec.path(label): np.array(guess)
-            for label, guess in guesses.items()
-            if label not in spec.idle
-        },
-    }
+def draw_round(
+    spec: Spec,
+    generator: np.random.Generator,
+    round_: int = 0,
+    seen: dict[int, NDArray[Any]] | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Draw a round that follows the identities of a last layer, with attacks that err at random.
+
+    ``seen`` holds the label counts of all updates of each client so far, and is kept up to date.
+    """
+    seen = {} if seen is None else seen
+    rows = _draw_members(spec, generator)
     if spec.accuracy is not None:
-        rows["rounds/accuracy"] = np.array(spec.accuracy)
-    if not spec.bias:
-        del rows["observations/bias_gradient"]
+        constant = isinstance(spec.accuracy, (int, float))
+        rows["rounds/accuracy"] = np.array(spec.accuracy if constant else spec.accuracy[round_])
+    attacked = round_ % spec.attack_every == 0
+    answers: dict[str, list[Any]] = {}
+    for update in range(spec.updates):
+        members = range(spec.cohort) if spec.cohort else [update]
+        arrived = [member for member in members if rows["updates/arrived"][member]]
+        found = _draw_update(spec, generator, update, len(arrived), round_) if arrived else {}
+        if arrived and spec.accumulated:
+            identity = int(rows["updates/client"][update])
+            seen[identity] = seen.get(identity, 0) + found["truth/counts"]
+            found["truth/accumulated"] = seen[identity]
+            labels = np.repeat(np.arange(spec.classes), seen[identity])
+            for label in spec.accumulated:
+                found[spec.path(label)] = _guess(spec, generator, label, labels, round_)
+        for name in _update_arrays(spec):
+            answers.setdefault(name, []).append(found.get(name))
+    if attacked:
+        rows |= {name: _filled(spec, name, values) for name, values in answers.items()}
     return rows
+
+
+def _draw_members(spec: Spec, generator: np.random.Generator) -> dict[str, NDArray[Any]]:
+    """Draw who takes part in a round, and who drops out."""
+    members = spec.cohort or spec.clients
+    identities = np.arange(members)
+    if spec.population:
+        identities = np.sort(generator.choice(spec.population, members, replace=False))
+    arrived = np.ones(members, bool)
+    if spec.dropout:
+        arrived = generator.random(members) >= spec.dropout
+    steps = np.array([spec.local(0 if spec.cohort else member) for member in range(members)])
+    return {
+        "updates/client": np.where(arrived, identities, -1),
+        "updates/local_steps": np.where(arrived, steps, -1),
+        "updates/arrived": arrived,
+        "updates/finite": arrived,
+        "updates/bytes_on_wire": np.where(arrived, spec.bytes_on_wire, -1),
+    }
+
+
+def _draw_update(
+    spec: Spec, generator: np.random.Generator, update: int, members: int, round_: int
+) -> dict[str, NDArray[Any]]:
+    """Draw the mean update of as many members, and its truth."""
+    parameters, classes, steps = spec.parameters, spec.classes, spec.local(update)
+    size = parameters["federation.batch_size"]
+    labels = generator.integers(classes, size=size * steps * members)
+    if parameters["labels.distribution"] == "unbalanced":
+        labels[: len(labels) // 2], labels[-(len(labels) // 4) or len(labels) :] = (
+            generator.integers(classes, size=2)
+        )
+    p = np.exp(generator.normal(scale=0.3, size=(len(labels), classes)))
+    p /= p.sum(axis=1, keepdims=True)
+    gradient = steps * (p - np.eye(classes)[labels])
+    mass = generator.normal(30, 3, size=(len(labels), 1))
+    sums = (gradient * mass).mean(axis=0)
+    found = {
+        "truth/counts": np.bincount(labels, minlength=classes),
+        "truth/posterior": p.mean(axis=0),
+        "observations/row_sums": sums,
+        "observations/bias_gradient": gradient.mean(axis=0),
+        "observations/labels": np.array(max(1, round(spec.believed * len(labels)))),
+        "observations/norm": np.linalg.norm(sums),
+    }
+    for label in spec.attacks:
+        if label not in spec.accumulated:
+            guess = _guess(spec, generator, label, labels, round_)
+            if label not in spec.idle:
+                found[spec.path(label)] = guess
+    return found
+
+
+def _guess(
+    spec: Spec, generator: np.random.Generator, label: str, labels: NDArray[Any], round_: int
+) -> NDArray[Any]:
+    """Return what an attack answers that gets some of the labels wrong."""
+    wrong = generator.random(len(labels)) < spec.error(label, round_)
+    guess = np.where(wrong, generator.integers(spec.classes, size=len(labels)), labels)
+    guess = np.resize(guess, max(1, round(spec.believed * len(labels))))
+    counts = np.bincount(guess, minlength=spec.classes)
+    answers = {"presence": counts > 0, "distribution": counts / counts.sum()}
+    return answers.get(spec.answer(label), counts)
+
+
+def _update_arrays(spec: Spec) -> dict[str, tuple[str, float]]:
+    """Return type and fill value of all arrays of the updates that the server sees."""
+    arrays: dict[str, tuple[str, float]] = {
+        "truth/counts": ("i4", -1),
+        "truth/posterior": ("f4", np.nan),
+        "observations/row_sums": ("f4", np.nan),
+        "observations/labels": ("i4", -1),
+        "observations/norm": ("f4", np.nan),
+    }
+    if spec.bias:
+        arrays["observations/bias_gradient"] = ("f4", np.nan)
+    if spec.accumulated:
+        arrays["truth/accumulated"] = ("i4", -1)
+    return arrays | {spec.path(label): DTYPES[spec.answer(label)] for label in spec.attacks}
+
+
+def _filled(spec: Spec, name: str, values: Sequence[Any]) -> NDArray[Any]:
+    """Return a row of an array, with its fill value for updates without one."""
+    fill = _update_arrays(spec)[name][1]
+    shape = () if name in _SCALARS else (spec.classes,)
+    return np.array([np.full(shape, fill) if value is None else value for value in values])
+
+
+_SCALARS = ("observations/labels", "observations/norm")
+_MEMBERS = {
+    "updates/client": ("i4", -1),
+    "updates/local_steps": ("i4", -1),
+    "updates/arrived": ("u1", 0),
+    "updates/finite": ("u1", 0),
+    "updates/bytes_on_wire": ("i8", -1),
+}
 
 
 class Builder:
@@ -177,21 +310,21 @@ class Builder:
         group.attrs["parameters"] = json.dumps(spec.parameters)
         group.attrs["model_parameters"], group.attrs["model_buffers"] = 100, 0
         group.attrs["last_layer"] = "fc"
-        lengths = {"round": spec.rounds, "client": spec.clients, "class": spec.classes}
+        group.attrs["privacy"] = json.dumps(dict(spec.privacy))
+        lengths = {"round": spec.rounds, "client": spec.updates, "class": spec.classes}
+        if spec.cohort:
+            lengths["member"] = spec.cohort
         for axis, length in lengths.items():
             scale(group, axis, length)
         for name in ("truth", "observations", "attacks", "rounds", "updates", "timings"):
             encode(group.create_group(name), name)
-        per_class = dict.fromkeys(["truth/posterior", "observations/row_sums"], ("f4", np.nan))
-        if spec.bias:
-            per_class["observations/bias_gradient"] = ("f4", np.nan)
-        per_class["truth/counts"] = ("i4", -1)
         for label in spec.attacks:
             attack = encode(group.create_group(f"attacks/{label}"), "attack")
+            plain = spec.adapted.get(label, "")
             attack.attrs.update(
-                name=label,
-                title=TITLES.get(label, label),
-                knowledge=KNOWLEDGE.get(label, "gradients"),
+                name=plain or label,
+                title=TITLES.get(label, f"{TITLES.get(plain, plain)}, adapted" if plain else label),
+                knowledge=KNOWLEDGE.get(plain or label, "gradients"),
                 source="a paper",
                 options="{}",
                 answers=spec.answer(label),
@@ -199,16 +332,19 @@ class Builder:
                 assumes=json.dumps(list(spec.broken.get(label, {}))),
                 broken_assumptions=json.dumps(dict(spec.broken.get(label, {}))),
                 not_applicable=spec.idle.get(label, ""),
+                target="accumulated" if label in spec.accumulated else "update",
+                adapted=plain,
+                adaptation=json.dumps(["undoes what it can"] if plain else []),
             )
-            per_class[spec.path(label)] = DTYPES[spec.answer(label)]
-        for name, (dtype, fill) in per_class.items():
-            empty(group, name, lengths, dtype, fill)
+        for name, (dtype, fill) in _update_arrays(spec).items():
+            axes = ["round", "client"] if name in _SCALARS else ["round", "client", "class"]
+            empty(group, name, {axis: lengths[axis] for axis in axes}, dtype, fill)
         if "llg" in spec.attacks:
             calibration = encode(group.create_group("attacks/llg/calibration"), "calibration")
             scaled(calibration, group, "impact", ["round"], np.full(spec.rounds, -0.5))
-        per_client = {"round": spec.rounds, "client": spec.clients}
-        empty(group, "observations/labels", per_client, "i4", -1)
-        empty(group, "updates/finite", per_client, "u1", 0)
+        member = "member" if spec.cohort else "client"
+        for name, (dtype, fill) in _MEMBERS.items():
+            empty(group, name, {axis: lengths[axis] for axis in ("round", member)}, dtype, fill)
         empty(group, "rounds/accuracy", {"round": spec.rounds}, "f8", np.nan)
         empty(group, "timings/attack", {"round": spec.rounds}, "f8", np.nan)
 
@@ -234,10 +370,13 @@ def build(
     for index, spec in enumerate(specs):
         done = spec.rounds if committed is None else committed[index]
         group = builder.file[f"scenarios/{index:04d}"]
-        rows = [draw_round(spec, generator) for _ in range(0, done, spec.attack_every)]
+        seen: dict[int, NDArray[Any]] = {}
+        rows = [draw_round(spec, generator, round_, seen) for round_ in range(done)]
         for name in rows[0] if rows else ():
             values = group[name][:]
-            values[: done : spec.attack_every] = [row[name] for row in rows]
+            for round_, row in enumerate(rows):
+                if name in row:
+                    values[round_] = row[name]
             values[done:] = 77
             group[name][:] = values
         builder.commit(index, done)
@@ -245,25 +384,29 @@ def build(
     return path
 
 
-def age(path: Path) -> Path:
-    """Turn a file into one of version 1.0, which said less."""
+def age(path: Path, version: str = "1.0") -> Path:
+    """Turn a file into one of version 1.1 or 1.0, which said less."""
+    newer = {"privacy", "target", "adapted", "adaptation"}
+    arrays = ["observations/norm", "updates/client", "updates/local_steps", "updates/arrived"]
+    if version == "1.0":
+        newer |= {"answers", "observes", "assumes", "broken_assumptions", "not_applicable"}
+        arrays += ["observations/labels"]
     with h5py.File(path, "a") as file:
         groups = [file]
         file.visititems(lambda _, item: groups.append(item) if "encoding-type" in item.attrs else 0)
         for group in groups:
-            group.attrs["encoding-version"] = "1.0"
-            for name in set(group.attrs) & {
-                *("answers", "observes", "assumes", "broken_assumptions", "not_applicable")
-            }:
+            group.attrs["encoding-version"] = version
+            for name in set(group.attrs) & newer:
                 del group.attrs[name]
         for scenario in file["scenarios"].values():
-            del scenario["observations/labels"]
+            for name in arrays:
+                del scenario[name]
     return path
 
 
 def encode(group: h5py.Group, kind: str) -> h5py.Group:
     group.attrs["encoding-type"] = kind
-    group.attrs["encoding-version"] = "1.1"
+    group.attrs["encoding-version"] = "1.2"
     return group
 
 
@@ -307,7 +450,7 @@ def main() -> None:
     for line in sys.stdin:
         for round_ in range(done, int(line)):
             # Every count of a round tells its number, so that a reader can be caught out.
-            rows = draw_round(spec, generator)
+            rows = draw_round(spec, generator, round_)
             rows["attacks/llg/counts"] = np.full((spec.clients, spec.classes), round_)
             builder.write(0, round_, rows)
             builder.commit(0, round_ + 1)

@@ -1,0 +1,120 @@
+"""A client's updates added up over the rounds, for attackers who wait.
+
+Error feedback sends later what it held back, and unbiased noise averages out. The sum of a client's
+updates is an update of all their local steps, and its labels are those of all of them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from testbed.attacks.base import Observations
+from testbed.round import Round
+
+
+@dataclass
+class _Sum:
+    row_sums: NDArray[np.float64]
+    bias: NDArray[np.float64] | None
+    weight: NDArray[np.float64] | None
+    counts: NDArray[np.int64]
+    labels: int = 0
+    steps: int = 0
+
+
+class Accumulated:
+    """Sums of each client's observations since the first round.
+
+    Parameters
+    ----------
+    weights
+        Whether some attack looks at the last layer's weight gradients.
+    """
+
+    def __init__(self, *, weights: bool) -> None:
+        self._weights = weights
+        self._sums: dict[int, _Sum] = {}
+        self._rows: dict[int, int] = {}
+
+    def add(self, record: Round, identities: NDArray[Any]) -> None:
+        """Add a round's updates, those that came and were finite."""
+        self._rows = {}
+        for row in np.flatnonzero(record.seen):
+            identity = int(identities[row])
+            self._rows[int(row)] = identity
+            total = self._sums.get(identity)
+            if total is None:
+                classes = record.row_sums.shape[1]
+                keep = self._weights and record.weight is not None
+                total = self._sums[identity] = _Sum(
+                    np.zeros(classes),
+                    None if record.bias is None else np.zeros(classes),
+                    np.zeros(record.weight.shape[1:])
+                    if keep and record.weight is not None
+                    else None,
+                    np.zeros(classes, np.int64),
+                )
+            total.row_sums += record.row_sums[row]
+            if total.bias is not None and record.bias is not None:
+                total.bias += record.bias[row]
+            if total.weight is not None and record.weight is not None:
+                total.weight += record.weight[row]
+            total.counts += record.counts[row]
+            total.labels += int(record.labels[row])
+            total.steps += int(record.steps[row])
+
+    def counts(self, record: Round, observed: int) -> NDArray[np.int32]:
+        """Return the label counts behind the sums of this round's clients, int32 [observed, C]."""
+        counts = np.full((observed, record.counts.shape[1]), -1, np.int32)
+        for row, identity in self._rows.items():
+            counts[row] = self._sums[identity].counts
+        return counts
+
+    def observations(
+        self, record: Round, seen: NDArray[np.int64], believed: NDArray[np.int64]
+    ) -> list[Observations]:
+        """Return the sums of this round's clients, those of equally many local steps together.
+
+        Parameters
+        ----------
+        record, seen
+            The round, and which of its updates are attacked.
+        believed
+            int64 [observed]: labels that the server takes this round's updates to have; it is as
+            wrong about the sums.
+        """
+        groups: dict[int, list[int]] = {}
+        for row in seen:
+            groups.setdefault(self._sums[self._rows[int(row)]].steps, []).append(int(row))
+        return [
+            self._group(record, np.array(rows), steps, believed)
+            for steps, rows in sorted(groups.items())
+        ]
+
+    def _group(
+        self, record: Round, rows: NDArray[np.int64], steps: int, believed: NDArray[np.int64]
+    ) -> Observations:
+        sums = [self._sums[self._rows[int(row)]] for row in rows]
+        wrong = believed[rows] / record.labels[rows]
+        labels = np.maximum(np.rint(np.array([one.labels for one in sums]) * wrong), 1)
+
+        def stacked(name: str) -> NDArray[np.float32] | None:
+            values = [getattr(one, name) for one in sums]
+            if any(value is None for value in values):
+                return None
+            array = np.stack(values).astype(np.float32)
+            array.flags.writeable = False
+            return array
+
+        row_sums = stacked("row_sums")
+        assert row_sums is not None
+        return Observations(
+            row_sums=row_sums,
+            bias_gradient=stacked("bias"),
+            weight_gradient=stacked("weight"),
+            labels=labels.astype(np.int64),
+            keys=rows,
+            local_steps=steps,
+        )

@@ -1,0 +1,108 @@
+"""SVHN with cropped digits, from its official MATLAB files."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from testbed.data.dataset import Dataset, check_counts, check_labels, kind_of, require_root
+from testbed.errors import UserError
+
+_FILES = ("train_32x32.mat", "test_32x32.mat")
+_IMAGE = (32, 32, 3)
+# Deflate, which MATLAB's format uses, cannot do better than 1032 to 1.
+_MAX_RATIO = 1040
+_NUMBERS = frozenset("int8 uint8 int16 uint16 int32 uint32 int64 uint64 single double".split())  # noqa: SIM905
+
+
+def load_svhn(root: Path | None) -> Dataset:
+    """Return SVHN's cropped digits, uint8 ``[n, 3, 32, 32]``, training images first.
+
+    Parameters
+    ----------
+    root
+        The folder with ``train_32x32.mat`` and ``test_32x32.mat``; ``extra_32x32.mat`` is not
+        read.
+
+    Raises
+    ------
+    UserError
+        If the folder or a file is missing, damaged, or not one of SVHN, or SciPy is missing.
+
+    Notes
+    -----
+    Source: Netzer et al., "Reading Digits in Natural Images with Unsupervised Feature Learning",
+    2011, format 2. ``X`` is ``[32, 32, 3, n]``, ``y`` ``[n, 1]``, and the digit 0 has the label 10.
+    """
+    folder = require_root("svhn", root, "folder")
+    if missing := [name for name in _FILES if kind_of(folder / name) != "file"]:
+        raise UserError(
+            f"{folder}: no file {' and no file '.join(missing)} (looked for {' and '.join(_FILES)})"
+            "; set data.root to the folder with the official files of cropped digits (format 2)"
+        )
+    splits = [_read(folder / name) for name in _FILES]
+    return Dataset(
+        name="svhn",
+        images=np.concatenate([images for images, _ in splits]),
+        labels=np.concatenate([labels for _, labels in splits]),
+        classes=10,
+        scale=1 / 255,
+        test_start=len(splits[0][0]),
+        class_names=tuple("0123456789"),
+    )
+
+
+def _read(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    try:
+        from scipy import io
+    except ImportError as error:
+        raise UserError(
+            f"data set 'svhn' is read with SciPy, which cannot be imported ({error}); "
+            "install it with: pip install scipy"
+        ) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _check_header(path, io.whosmat(str(path), appendmat=False))
+            content = io.loadmat(str(path), appendmat=False, variable_names=["X", "y"])
+    except UserError:
+        raise
+    # A damaged file can fail in any way that NumPy and zlib can.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(
+            f"{path}: not a readable MATLAB file ({reason}); expected the official one of SVHN "
+            "(version 5): get it again"
+        ) from error
+    images, labels = content["X"], content["y"].ravel()
+    check_counts(path, images.shape[3], len(labels))
+    if labels.dtype.kind == "c" or not (np.isfinite(labels) & (labels == np.rint(labels))).all():
+        raise UserError(f"{path}: 'y' holds labels that are not whole; expected 1..10")
+    check_labels(path, labels, 10, first=1)
+    return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels.astype(np.int64) % 10
+
+
+def _check_header(path: Path, variables: list[tuple[str, tuple[int, ...], str]]) -> None:
+    """Refuse a file by the names, shapes and types in it, before memory is given to them."""
+    found = {name: (shape, kind) for name, shape, kind in variables}
+    if missing := [name for name in ("X", "y") if name not in found]:
+        names = ", ".join(repr(name[:20]) for name in sorted(found)[:8]) or "nothing"
+        raise UserError(
+            f"{path}: holds {names}, but no {' and no '.join(map(repr, missing))}; expected a file "
+            "of SVHN's cropped digits (format 2)"
+        )
+    shape, kind = found["X"]
+    if kind != "uint8" or len(shape) != 4 or shape[:3] != _IMAGE or shape[3] < 1:
+        raise UserError(
+            f"{path}: 'X' is {kind} of shape {shape}; expected uint8 of shape (32, 32, 3, n)"
+        )
+    if shape[3] * 3072 > _MAX_RATIO * path.stat().st_size:
+        raise UserError(
+            f"{path}: 'X' announces {shape[3]} images, more than a file of its size can hold: "
+            "get it again"
+        )
+    shape, kind = found["y"]
+    if kind not in _NUMBERS or len(shape) != 2 or shape[1] != 1:
+        raise UserError(f"{path}: 'y' is {kind} of shape {shape}; expected numbers of shape (n, 1)")
+    check_counts(path, found["X"][0][3], shape[0])

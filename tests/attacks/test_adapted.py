@@ -1,0 +1,447 @@
+"""Adapted attacks: what defences take away comes back, and nothing else changes."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from closed_form import SEEDS, observe, random_posterior, server
+from global_models import CLASSES, Federation, infer, perceptron
+from hypothesis import given
+from torch import nn
+
+from testbed.attacks import (
+    Answer,
+    Attack,
+    Knowledge,
+    LabelCounts,
+    LabelDistribution,
+    LabelPresence,
+    Observed,
+    Outputs,
+    attacks,
+    make_attack,
+)
+from testbed.attacks.adapted import AdaptedAttack, adapts
+from testbed.attacks.defended import DefendedAdversary, is_defended
+from testbed.defenses import Defense, Stage, Tensors
+
+BASELINES = ("random", "uniform", "prior", "oracle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretched(Defense):
+    """Multiplies what is sent."""
+
+    stage: ClassVar[Stage] = Stage.CLIP
+    by: float
+
+    def undo(self, observations, _known):
+        return _each(observations, lambda values: values / self.by)
+
+    def imitate(self, simulated, _rng):
+        return _each(simulated, lambda values: values * self.by)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shifted(Defense):
+    """Adds a constant to what is sent."""
+
+    stage: ClassVar[Stage] = Stage.NOISE
+    by: float
+
+    def undo(self, observations, _known):
+        return _each(observations, lambda values: values - self.by)
+
+    def imitate(self, simulated, _rng):
+        return _each(simulated, lambda values: values + self.by)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rolled(Defense):
+    """Trains on the class behind that of a label."""
+
+    stage: ClassVar[Stage] = Stage.LABELS
+
+    def restore(self, counts, _labels):
+        return np.roll(counts, -1, axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halved(Defense):
+    """Trains half of the time on the first class."""
+
+    stage: ClassVar[Stage] = Stage.LABELS
+
+    def restore(self, counts, labels):
+        others = 2 * counts
+        others[:, 0] -= labels
+        return others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle(Defense):
+    """Leaves nothing to adapt to."""
+
+    stage: ClassVar[Stage] = Stage.SUM
+
+
+@dataclass(frozen=True)
+class Fixed(Attack):
+    """Answers what it is made of."""
+
+    answer: object = None
+
+    knowledge: ClassVar = Knowledge.GRADIENTS
+    name: ClassVar = "fixed"
+    title: ClassVar = "Fixed"
+    source: ClassVar = "this test"
+
+    def infer(self, _observations, _calibration):
+        return self.answer
+
+
+def _each(observations, change):
+    parts = ("row_sums", "bias_gradient", "weight_gradient")
+    given = {name: getattr(observations, name) for name in parts}
+    return replace(observations, **{name: change(v) for name, v in given.items() if v is not None})
+
+
+def tensors(federation):
+    layout = federation.flat.layout
+    sizes = [parameter.numel() for parameter in federation.flat.module.parameters()]
+    weight = slice(layout.weight, layout.weight + layout.classes * layout.features)
+    bias = None if layout.bias is None else slice(layout.bias, layout.bias + layout.classes)
+    names = tuple(name for name, _ in federation.flat.module.named_parameters())
+    return Tensors(names, np.cumsum([0, *sizes]), weight, bias, layout.classes)
+
+
+def adapted(attack, defenses, where, has_bias=True):
+    return AdaptedAttack(attack, tuple(defenses), where, has_bias)
+
+
+NOWHERE = Tensors((), np.zeros(1, np.int64), slice(0, 0), None, 3)
+
+
+def observed(updates=2, classes=3):
+    return observe(np.ones((updates, classes, 2)), np.ones((updates, classes)), 4)
+
+
+def answer_of(inferred, defenses, observations, answers=None):
+    attack = Fixed(inferred)
+    if answers is not None:
+        object.__setattr__(attack, "answers", answers)
+    wrapped = adapted(attack, defenses, NOWHERE)
+    outputs = Outputs(np.full((1, 3), 1 / 3), np.ones((1, 2)), None)
+    return wrapped.infer(observations, wrapped.calibrate(server(outputs)))
+
+
+# Who adapts
+
+
+def test_baselines_do_not_adapt():
+    assert not any(adapts(make_attack(name, {}), [Stretched(by=2)]) for name in BASELINES)
+
+
+@pytest.mark.parametrize(
+    ("attack", "defense", "expected"),
+    [
+        ("llg", Idle(), False),
+        ("llg", Stretched(by=2.0), True),
+        ("llg", Rolled(), True),
+        ("gradinversion_presence", Rolled(), False),
+        ("batchnorm", Stretched(by=2.0), False),
+        ("batchnorm", Rolled(), True),
+    ],
+)
+def test_an_attack_adapts_where_a_defence_leaves_something_to_do(attack, defense, expected):
+    assert adapts(make_attack(attack, {}), [Idle(), defense]) is expected
+
+
+SIMULATE = {
+    "lmmse": {"simulations": 20},
+    "posterior_regression": {"simulations": 20, "steps": 2},
+    "ldia": {"shadows": 20, "epochs": 1},
+    "batchnorm": {"batches": 20},
+    "batchnorm_joint": {"batches": 20},
+}
+
+
+@pytest.mark.parametrize(
+    "name", sorted(n for n, cls in attacks().items() if cls.knowledge is Knowledge.AUXILIARY)
+)
+def test_imitation_is_of_use_to_those_attacks_that_simulate_gradients(name):
+    federation = Federation(perceptron(norm=True), local_steps=2)
+    observations, _ = federation.draw(1)
+    attack = make_attack(name, SIMULATE.get(name, {}))
+    adversary = Counting(federation.adversary(attack))
+    attack.calibrate(adversary)
+    attack.calibrate_updates(adversary, observations.restricted(attack))
+
+    class Imitated(Defense):
+        def imitate(self, simulated, _rng):
+            return simulated
+
+    # Of simulated clients it takes the statistics alone, which no defence changes.
+    useful = adversary.simulated > 0 and name != "batchnorm"
+    assert adapts(attack, [Imitated()]) is useful
+
+
+class Counting:
+    """Counts how often clients are simulated."""
+
+    def __init__(self, adversary):
+        self.adversary, self.simulated = adversary, 0
+
+    def __getattr__(self, name):
+        return getattr(self.adversary, name)
+
+    def simulate(self, batches):
+        self.simulated += 1
+        return self.adversary.simulate(batches)
+
+
+# What it declares
+
+
+@pytest.mark.parametrize("name", sorted(attacks()))
+def test_declares_what_the_plain_attack_does_and_the_bias_where_there_is_one(name):
+    plain = make_attack(name, {})
+    with_bias, without = (adapted(plain, [Idle()], NOWHERE, has) for has in (True, False))
+    for declared in ("name", "knowledge", "source", "assumes", "answers"):
+        assert getattr(with_bias, declared) == getattr(plain, declared)
+    assert with_bias.title == f"{plain.title}, adapted"
+    assert with_bias.options() == {**plain.options(), "adapted": True}
+    assert with_bias.observes == plain.observes | {Observed.BIAS_GRADIENT}
+    assert without.observes == plain.observes
+    assert with_bias.arrays().items() > plain.arrays().items()
+
+
+def test_a_stored_calibration_of_the_plain_attack_is_no_other():
+    plain = make_attack("llg_plus", {})
+    wrapped = adapted(plain, [Idle()], NOWHERE)
+    assert wrapped.calibrated_by == (*plain.calibrated_by, "adapted")
+    assert adapted(make_attack("lmmse", {}), [], NOWHERE).calibrated_by is None
+
+
+# What it knows of the model
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("llg", "alike"), ("ilrg", "dummy"), ("aux_mean", "auxiliary")]
+)
+def test_asks_for_no_more_than_the_attack_declares(name, expected):
+    federation = Federation(perceptron())
+    attack = make_attack(name, {})
+    posterior = {
+        "alike": np.full((1, CLASSES), 1 / CLASSES),
+        "dummy": federation.model.on_dummy("random", 32).posterior,
+        "auxiliary": federation.model.on_auxiliary(8).posterior,
+    }[expected]
+    wrapped = adapted(attack, [Idle()], tensors(federation))
+    calibration = federation.calibrate(wrapped, federation.draw(2)[0])
+    np.testing.assert_allclose(calibration["adapted_posterior"][0], posterior.mean(axis=0))
+    assert calibration["adapted_batch_size"] == [8]
+
+
+# Undoing
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llg", {}),
+        ("llg_plus", {}),
+        ("aux_mean", {}),
+        ("aux_ls_interpolated", {}),
+        ("ilrg", {"variant": "released"}),
+        ("rlg", {}),
+        ("lmmse", {"simulations": 100}),
+        ("ldia", {"shadows": 40, "epochs": 2}),
+        ("posterior_regression", {"simulations": 60, "steps": 20}),
+    ],
+)
+def test_is_the_plain_attack_bit_for_bit_where_there_is_nothing_to_do(name, options):
+    federation = Federation(perceptron(nn.ReLU), local_steps=2)
+    observations, _ = federation.draw(4)
+    attack = make_attack(name, options)
+    plain = federation.run(attack, observations)
+    found = federation.run(adapted(attack, [Idle()], tensors(federation)), observations)
+    np.testing.assert_array_equal(found.values, plain.values)
+    if getattr(plain, "scores", None) is not None:
+        np.testing.assert_array_equal(found.scores, plain.scores)
+
+
+@pytest.mark.parametrize("name", ["llg", "llg_plus", "aux_mean", "ilrg", "lmmse"])
+def test_observations_are_undone_in_reverse_order(name):
+    # Halves and eighths are exact, so that any other order would differ.
+    federation = Federation(perceptron())
+    observations, _ = federation.draw(20)
+    observations = _each(observations, lambda values: np.round(values * 4096) / 4096)
+    defenses = [Stretched(by=0.5), Shifted(by=0.125), Stretched(by=4.0)]
+    sent = _each(observations, lambda values: (values * 0.5 + 0.125) * 4)
+    attack = make_attack(name, {})
+    wrapped = adapted(attack, defenses, tensors(federation))
+    plain = federation.run(attack, observations)
+    without_imitation = wrapped.infer(
+        sent.restricted(wrapped),
+        federation.calibrate(adapted(attack, [Idle()], tensors(federation)), observations),
+    )
+    np.testing.assert_array_equal(without_imitation.counts, plain.counts)
+
+
+def test_what_depends_on_updates_is_derived_from_undone_ones():
+    federation = Federation(perceptron(), local_steps=2)
+    observations, _ = federation.draw(3)
+
+    class Lost(Defense):
+        """Sends nothing that an attacker could use as it is."""
+
+        def undo(self, observed, _known):
+            return replace(observed, update=kept, bias_gradient=observations.bias_gradient)
+
+    kept = observations.update
+    sent = replace(observations, update=np.zeros_like(kept), bias_gradient=0 * kept[:, :CLASSES])
+    attack = make_attack("aux_mean_interpolated", {})
+    found = federation.run(adapted(attack, [Lost()], tensors(federation)), sent)
+    plain = federation.run(attack, observations)
+    np.testing.assert_array_equal(found.scores, plain.scores)
+
+
+def test_the_attack_is_not_shown_what_only_undoing_needs():
+    shown = []
+
+    class Looks(Fixed):
+        def infer(self, observations, calibration):
+            shown.append((observations, dict(calibration)))
+            return self.answer
+
+    wrapped = adapted(Looks(LabelCounts(np.ones((2, 3), np.int64))), [Stretched(by=2)], NOWHERE)
+    outputs = Outputs(np.full((1, 3), 1 / 3), np.ones((1, 2)), None)
+    wrapped.infer(observed(), wrapped.calibrate(server(outputs)))
+    assert shown[0][0].bias_gradient is None
+    assert shown[0][1] == {}
+
+
+def test_each_update_may_have_a_calibration_of_its_own():
+    class Scaled(Defense):
+        def undo(self, observations, known):
+            return _each(observations, lambda values: values / known.batch_size)
+
+    federation = Federation(perceptron())
+    observations, _ = federation.draw(3)
+    wrapped = adapted(make_attack("aux_mean", {}), [Scaled()], tensors(federation))
+    calibration = federation.calibrate(wrapped, observations)
+    each = {name: np.repeat(values, 3, axis=0) for name, values in calibration.items()}
+    each["adapted_batch_size"] = np.array([8.0, 2.0, 4.0])
+    found = infer(wrapped, observations, each)
+    for row, size in enumerate((8.0, 2.0, 4.0)):
+        one = calibration | {"adapted_batch_size": np.array([size])}
+        alone = infer(wrapped, observations.rows(slice(row, row + 1)), one)
+        np.testing.assert_array_equal(found.scores[row], alone.scores[0])
+
+
+# Imitating
+
+
+def test_simulated_clients_are_defended_and_undone_like_real_ones():
+    federation = Federation(perceptron())
+    attack = make_attack("posterior_regression", {})
+    defenses = (Stretched(by=0.5), Shifted(by=0.125))
+    wrapped = adapted(attack, defenses, tensors(federation))
+    adversary = federation.adversary(attack)
+    known = wrapped._known(adversary)
+    batches = np.arange(24).reshape(3, 1, 8)
+    plain = adversary.simulate(batches)
+    through = DefendedAdversary(adversary, wrapped, defenses, known).simulate(batches)
+    np.testing.assert_allclose(through.weight_gradient, plain.weight_gradient, atol=1e-6)
+    np.testing.assert_allclose(through.bias_gradient, plain.bias_gradient, atol=1e-6)
+
+    class NotUndone(Stretched):
+        undo = Defense.undo
+
+    other_order = DefendedAdversary(adversary, wrapped, (NotUndone(by=0.5), *defenses), known)
+    np.testing.assert_allclose(
+        other_order.simulate(batches).bias_gradient, plain.bias_gradient * 0.5, atol=1e-6
+    )
+
+
+def test_imitated_draws_depend_on_the_seed_alone_and_on_no_stream_of_the_attack():
+    class Noisy(Defense):
+        def imitate(self, simulated, rng):
+            return _each(simulated, lambda values: rng.standard_normal(values.shape))
+
+    federation = Federation(perceptron())
+    attack = make_attack("lmmse", {})
+    wrapped = adapted(attack, [Noisy()], tensors(federation))
+
+    def simulate(seed):
+        adversary = federation.adversary(attack, seed)
+        known = wrapped._known(adversary)
+        defended = DefendedAdversary(adversary, wrapped, [Noisy()], known)
+        return defended.simulate(np.zeros((2, 1, 8), np.int64)).row_sums
+
+    np.testing.assert_array_equal(simulate(1), simulate(1))
+    assert (simulate(1) != simulate(2)).all()
+    own = np.random.Generator(np.random.PCG64(1)).standard_normal(simulate(1).shape)
+    assert (simulate(1) != own).all()
+
+
+def test_a_defended_adversary_is_otherwise_the_one_it_wraps():
+    federation = Federation(perceptron(), local_steps=2)
+    attack = make_attack("lmmse", {})
+    adversary = federation.adversary(attack)
+    wrapped = adapted(attack, [Shifted(by=1.0)], tensors(federation))
+    defended = DefendedAdversary(adversary, wrapped, wrapped.defenses, wrapped._known(adversary))
+    assert is_defended(defended)
+    assert not is_defended(adversary)
+    for name in ("classes", "batch_size", "local_steps", "learning_rate", "seed"):
+        assert getattr(defended, name) == getattr(adversary, name)
+    batches = np.arange(16).reshape(2, 8)
+    update = adversary.local_update(batches)
+    np.testing.assert_array_equal(defended.local_update(batches), update)
+    later, expected = defended.after(update), adversary.after(update)
+    assert is_defended(later)
+    np.testing.assert_array_equal(later.head().weight, expected.head().weight)
+    gradients = federation.adversary(make_attack("llg", {}))
+    with pytest.raises(PermissionError, match="declare what it uses"):
+        DefendedAdversary(gradients, wrapped, (), wrapped._known(adversary)).head()
+
+
+# Restoring
+
+
+@given(seed=SEEDS)
+def test_counts_are_restored_in_reverse_order_before_they_are_rounded(seed):
+    rng = np.random.default_rng(seed)
+    truth = rng.multinomial(4, np.full(3, 1 / 3), size=2)
+    # Rolled first, then half of the labels were changed to the first class.
+    behind = np.roll(truth, 1, axis=1) / 2
+    behind[:, 0] += 2
+    wrong = np.full((2, 3), -1)
+    found = answer_of(LabelCounts(wrong, behind), [Rolled(), Halved()], observed())
+    np.testing.assert_array_equal(found.counts, truth)
+    np.testing.assert_allclose(found.scores, truth)
+
+
+def test_counts_without_scores_are_restored_from_the_counts():
+    counts = np.array([[4, 0, 0], [2, 1, 1]])
+    found = answer_of(LabelCounts(counts), [Halved()], observed())
+    np.testing.assert_array_equal(found.counts, [[4, 0, 0], [0, 2, 2]])
+
+
+@given(seed=SEEDS)
+def test_shares_are_restored_to_shares(seed):
+    rng = np.random.default_rng(seed)
+    shares = random_posterior(rng, 2, 3, 2.0)
+    found = answer_of(LabelDistribution(shares), [Halved()], observed(), Answer.DISTRIBUTION)
+    assert (found.shares >= 0).all()
+    np.testing.assert_allclose(found.shares.sum(axis=1), 1)
+    valid = shares[:, 0] >= 0.5
+    np.testing.assert_allclose(found.shares[valid, 1:], 2 * shares[valid, 1:], atol=1e-12)
+
+
+def test_presence_is_left_as_it_is():
+    presence = np.array([[True, False, True], [False, False, True]])
+    found = answer_of(LabelPresence(presence), [Rolled()], observed(), Answer.PRESENCE)
+    np.testing.assert_array_equal(found.presence, presence)
