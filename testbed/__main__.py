@@ -78,9 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", type=Path, help="experiment file (YAML)")
-    parser.add_argument(
-        "--profile", metavar="NAME", help="one of the file's profiles, as in reduced"
-    )
+    parser.add_argument("--profile", metavar="NAME", help="one of the file's profiles")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="overrides, as in federation.rounds=10"
     )

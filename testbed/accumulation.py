@@ -47,13 +47,10 @@ class Accumulated:
             total = self._sums.get(identity)
             if total is None:
                 classes = record.row_sums.shape[1]
-                keep = self._weights and record.weight is not None
                 total = self._sums[identity] = _Sum(
                     np.zeros(classes),
                     None if record.bias is None else np.zeros(classes),
-                    np.zeros(record.weight.shape[1:])
-                    if keep and record.weight is not None
-                    else None,
+                    self._no_weight(record),
                     np.zeros(classes, np.int64),
                 )
             total.row_sums += record.row_sums[row]
@@ -64,6 +61,11 @@ class Accumulated:
             total.counts += record.counts[row]
             total.labels += int(record.labels[row])
             total.steps += int(record.steps[row])
+
+    def _no_weight(self, record: Round) -> NDArray[np.float64] | None:
+        if record.weight is None or not self._weights:
+            return None
+        return np.zeros(record.weight.shape[1:])
 
     def counts(self, record: Round, observed: int) -> NDArray[np.int32]:
         """Return the label counts behind the sums of this round's clients, int32 [observed, C]."""

@@ -13,7 +13,7 @@ from testbed.accumulation import Accumulated
 from testbed.attacks.adapted import AdaptedAttack, adapts
 from testbed.attacks.adversary import GlobalModel
 from testbed.attacks.assumptions import Facts, not_applicable
-from testbed.attacks.base import Attack, Knowledge, Observations, Observed
+from testbed.attacks.base import Attack, Observations, Observed
 from testbed.attacks.batch_size import estimate_labels
 from testbed.attacks.checks import check_calibration
 from testbed.attacks.inference import infer_in_chunks
@@ -142,7 +142,7 @@ class RoundAttacks:
         if len(seen) == 0:
             return rows
         with record.clock.phase("attack"):
-            rows |= self._answers(number, record, seen, sent, rows)
+            rows |= self._answers(number, record, seen, sent)
         return rows
 
     def _observed(self, record: Round, sent: NDArray[np.float32]) -> dict[str, Any]:
@@ -170,7 +170,6 @@ class RoundAttacks:
         record: Round,
         seen: NDArray[np.int64],
         sent: NDArray[np.float32],
-        rows: dict[str, Any],
     ) -> dict[str, Any]:
         plan = self._plan
         believed = self._believed_labels(record)
@@ -197,7 +196,8 @@ class RoundAttacks:
                 bias = None if record.bias is None else record.bias[rows]
                 labels[rows] = estimate_labels(record.weight[rows], bias, int(steps))
         factor = self._plan.scenario.adversary.batch_size_factor
-        return np.maximum(np.rint(labels * factor), 1).astype(np.int64)
+        believed: NDArray[np.int64] = np.maximum(np.rint(labels * factor), 1).astype(np.int64)
+        return believed
 
     def _run(
         self,

@@ -211,6 +211,7 @@ def _answers(plan: ScenarioPlan) -> dict[str, tuple[str, Calibrations]]:
     for section in plan.scenario.attacks:
         attack = section.make()
         own = {**attack.arrays(), "adapted_posterior": (("class",), "f8")}
+        own["adapted_batch_size"] = ((), "f8")
         found[section.label] = (attack.answers.value, attack.arrays())
         # As many as there may be: which attacks adapt is known when the model is.
         if adaptive:

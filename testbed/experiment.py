@@ -5,6 +5,7 @@ Importing this module costs neither torch nor MPI: `testbed check` runs on it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -46,7 +47,7 @@ class Scenario(Section):
     model: ModelSection
     pretraining: PretrainingSection = PretrainingSection()
     federation: FederationSection
-    defenses: list[DefenseSection] = []
+    defenses: tuple[DefenseSection, ...] = ()
     adversary: AdversarySection = AdversarySection()
     attacks: Annotated[list[AttackSection], Field(min_length=1)]
 
@@ -124,7 +125,7 @@ class Scenario(Section):
     @pydantic.model_validator(mode="after")
     def _defended(self) -> "Scenario":
         made = [section.make() for section in self.defenses]
-        for earlier, later in zip(made, made[1:], strict=False):
+        for earlier, later in pairwise(made):
             if later.stage < earlier.stage:
                 order = ", ".join(stage.name.lower() for stage in Stage)
                 raise ValueError(
@@ -179,7 +180,7 @@ class Experiment(Scenario):
     """An experiment file."""
 
     title: str = "untitled"
-    sweep: dict[str, Any] = {}
+    sweep: dict[str, Any] = Field(default_factory=dict)
     compute: ComputeSection = ComputeSection()
     results: ResultsSection = ResultsSection()
 

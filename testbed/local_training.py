@@ -1,4 +1,4 @@
-"""A client's local work on its batches: gradients, local steps, and what the truth needs of them."""
+"""A client's local work on its batches: gradients, local steps, and the truth about them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

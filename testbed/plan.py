@@ -122,7 +122,7 @@ class ScenarioPlan:
 
     @property
     def varying_steps(self) -> bool:
-        """Whether clients may differ in their number of local steps: that of their samples tells."""
+        """Whether clients differ in their number of local steps: their samples decide."""
         return self.scenario.federation.local_epochs is not None
 
     @property

@@ -214,7 +214,7 @@ class ScenarioServer:
         return float(cohort.weight)
 
     def _step(self, number: int, weight: float) -> None:
-        """Make the next global model: the server optimiser's step, and the clients' mean buffers."""
+        """Make the next global model: the optimiser's step, and the clients' mean buffers."""
         split = self._layout.parameters
         before, after = self._slot(number), self._slot(number + 1)
         if weight == 0:

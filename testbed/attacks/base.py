@@ -103,7 +103,7 @@ class Observations:
         float32 [N, P + S], or None: the whole update as it is shared, gradients of all parameters
         (summed over the local steps), then the buffers.
     norm
-        float [N], or None: Euclidean norm of the gradient part of each update. Every attack sees it.
+        float [N], or None: Euclidean norm of each update's gradient part. Every attack sees it.
     posterior
         float [N, C], or None: the batch's mean posterior, which is part of the truth: only
         `Knowledge.TRUTH` sees it.
