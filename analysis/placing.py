@@ -47,7 +47,7 @@ def place_labels(
     fontsize
         In points.
     anyway
-        Whether labels without room are written beside their points, over what is there.
+        Whether labels without room are written too: with lines across, or over what is there.
 
     Returns
     -------
@@ -67,6 +67,7 @@ def place_labels(
         found = _find(place, size, frame, taken, scale)
         if found is None and not anyway:
             return False
+        found = found or _find(place, size, frame, taken, scale, crossing=True)
         offset, boxes = found or (_offsets()[0], [])
         offsets.append(offset)
         taken += boxes
@@ -81,6 +82,8 @@ def _find(
     frame: "Bbox",
     taken: Sequence[Box],
     scale: float,
+    *,
+    crossing: bool = False,
 ) -> tuple[tuple[float, float], list[Box]] | None:
     """Return where a label finds room, and the boxes that it and the line to it then take."""
     for dx, dy in _offsets():
@@ -96,7 +99,7 @@ def _find(
             # From where the point's own marker ends.
             steps = np.linspace(2 * _MARKER * scale / np.hypot(*(end - place)), 1, 12)
             line = [_around(place + t * (end - place), _LINE * scale) for t in steps[:-1]]
-        if not any(_overlap(part, other) for part in line for other in taken):
+        if crossing or not any(_overlap(part, other) for part in line for other in taken):
             return (dx, dy), [box, *line]
     return None
 

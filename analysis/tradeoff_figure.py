@@ -130,10 +130,11 @@ def _points(group: "pd.DataFrame", varying: Sequence[str]) -> "pd.DataFrame":
         describe({name: row[name] for name in varying}, width=200) or plain(row["scenario"])
         for row in first.to_dict("records")
     ]
+    # Equal ones come from several files.
     twice = points["name"].duplicated(keep=False)
-    files = points["file"].map(lambda file: Path(file).name)
-    numbers = files if files.nunique() == len(points) else "#" + points["scenario"].astype(str)
-    points.loc[twice, "name"] += ", " + numbers[twice]
+    points.loc[twice, "name"] += ", " + points["file"].map(lambda file: Path(file).stem)[twice]
+    twice = points["name"].duplicated(keep=False)
+    points.loc[twice, "name"] += " #" + points["scenario"].astype(str)[twice]
     for kind in ("plain", "adapted"):
         rows = group[group["kind"] == kind][[*_SCENARIO, "mean", "low", "high"]]
         renamed = rows.rename(columns={name: f"{kind}_{name}" for name in ("mean", "low", "high")})

@@ -106,13 +106,11 @@ class Accumulated:
             values = [getattr(one, name) for one in sums]
             if any(value is None for value in values):
                 return None
-            array = np.stack(values).astype(np.float32)
-            array.flags.writeable = False
-            return array
+            return np.stack(values).astype(np.float32)
 
         row_sums = stacked("row_sums")
         assert row_sums is not None
-        return Observations(
+        observations = Observations(
             row_sums=row_sums,
             bias_gradient=stacked("bias"),
             weight_gradient=stacked("weight"),
@@ -120,3 +118,8 @@ class Accumulated:
             keys=rows,
             local_steps=steps,
         )
+        # Every attack is given the same arrays; none may change what the next one sees.
+        for array in vars(observations).values():
+            if isinstance(array, np.ndarray):
+                array.flags.writeable = False
+        return observations

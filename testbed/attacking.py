@@ -233,7 +233,7 @@ class RoundAttacks:
             path = f"attacks/{label}/calibration/{array}"
             if declared[array][0][:1] == ("client",):
                 answers.put(path, values, rows)
-            elif self._plan.varying_steps:
+            elif self._plan.varying_steps or label.endswith(ACCUMULATED):
                 answers.put(path, np.broadcast_to(values, (len(rows), *values.shape[1:])), rows)
             else:
                 answers.rows[path] = values[0]
@@ -281,7 +281,10 @@ def _by_steps(
         shown = {name: None if a is None else _locked(a[part]) for name, a in arrays.items()}
         groups.append(
             Observations(
-                **shown, labels=_locked(believed[chosen]), keys=chosen, local_steps=int(steps)
+                **shown,
+                labels=_locked(believed[chosen]),
+                keys=_locked(chosen),
+                local_steps=int(steps),
             )
         )
     return groups

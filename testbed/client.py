@@ -1,6 +1,7 @@
 """A client's part of a round: draw batches, train, defend, write the update."""
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from testbed.data import Sampler, draw_skew
 from testbed.data.batches import local_batches
 from testbed.defenses.pipeline import Draws, State
 from testbed.evaluation import accuracy
-from testbed.local_training import LocalTraining
+from testbed.local_training import LocalTraining, Trained
 from testbed.norm_statistics import NoisyStatistics
 from testbed.plan import ScenarioPlan, Task
 from testbed.seeds import Purpose, seed64, stream
@@ -56,6 +57,12 @@ class ClientWorker:
         apart = setup.pipeline.compresses or plan.summed is not None
         # Where the update is made before it is encoded; a plain one is made in its message.
         self._vector = np.empty(setup.layout.size if apart else 0, np.float32)
+        withheld, tensors = setup.pipeline.withheld, setup.model.tensors
+        self._own_head = plan.keeps_state and withheld is not None and withheld.head == "personal"
+        everything = np.arange(tensors.size)
+        self._head = (
+            everything if withheld is None else np.delete(everything, withheld.kept(tensors))
+        )
         self._sum = None
         if plan.summed is not None:
             self._sum = ClientSum(plan, setup.shared, setup.weigh)
@@ -94,9 +101,7 @@ class ClientWorker:
         plan, split = self._plan, self._model.layout.parameters
         state = self.states.setdefault(self._identity(task), {}) if plan.keeps_state else {}
         self._restore(state)
-        personal = np.nan
-        if self._has_own_head():
-            personal = self._personal_accuracy(task)
+        personal = self._personal_accuracy(task) if self._own_head else np.nan
         batches = self.draw(task)
         self._seed(seed64(plan.scenario.seed, Purpose.LOCAL, *plan.key(Purpose.LOCAL, task)))
         draws = Draws(plan.scenario.seed, plan.key(Purpose.DEFENSE, task))
@@ -104,37 +109,35 @@ class ClientWorker:
         vector, buffers = update[:split], update[split:]
         trained = self._training.run(batches, vector, draws)
         self._fresh = self._fresh and len(batches) == 1
-        if self._has_own_head():
+        if self._own_head:
             self._keep_head(state, vector)
         self._share_buffers(task, buffers)
         self._pipeline.defend_update(vector, draws, state)
         for place in self._model.frozen:
             vector[place] = 0  # also where noise has been added to everything
-        chosen = np.concatenate(batches)
-        message.posterior[:] = trained.posterior
-        message.counts[:] = np.bincount(
-            self._samples.labels[chosen], minlength=self._model.layout.classes
-        )
-        header = message.header
-        header["scenario"], header["round"], header["client"] = (
-            task.scenario,
-            task.round,
-            task.client,
-        )
-        header["identity"] = self._identity(task)
-        header["rank"] = self._rank
-        header["steps"] = len(batches)
-        header["labels"] = len(chosen)
-        header["weight"] = self._setup.weigh(self._identity(task))
-        header["loss"] = trained.loss
-        header["accuracy"] = personal
-        header["payload_bytes"] = self._share(task, update, message, draws, state)
-        header["seconds"] = time.perf_counter() - started
+        self._tell(task, message, batches, trained)
+        message.header["accuracy"] = personal
+        message.header["payload_bytes"] = self._share(task, update, message, draws, state)
+        message.header["seconds"] = time.perf_counter() - started
 
-    def take_sum(self) -> NDArray[np.uint64]:
+    def take_sum(self) -> NDArray[Any]:
         """Return the sum of the updates since the last call, for MPI's reduction."""
         assert self._sum is not None
         return self._sum.take()
+
+    def _tell(self, task: Task, message: Message, batches: Batches, trained: Trained) -> None:
+        """Write down whose the update is, what it weighs, and the truth behind it."""
+        chosen = np.concatenate(batches)
+        classes = self._model.layout.classes
+        message.posterior[:] = trained.posterior
+        message.counts[:] = np.bincount(self._samples.labels[chosen], minlength=classes)
+        header = message.header
+        header["scenario"], header["round"] = task.scenario, task.round
+        header["client"], header["identity"] = task.client, self._identity(task)
+        header["rank"] = self._rank
+        header["steps"], header["labels"] = len(batches), len(chosen)
+        header["weight"] = self._setup.weigh(self._identity(task))
+        header["loss"] = trained.loss
 
     def _identity(self, task: Task) -> int:
         return self._plan.participants(task.round).identities[task.client]
@@ -148,29 +151,16 @@ class ClientWorker:
             # The client before this one left its buffers behind; the parameters did not change.
             self._model.load_buffers(self._buffers)
         if "head" in state:
-            head = self._head()
-            self._model.state[head] = torch.from_numpy(state["head"]).to(self._model.state.device)
+            own = torch.from_numpy(state["head"]).to(self._model.state.device)
+            self._model.state[self._head] = own
             self._fresh = False
 
-    def _head(self) -> torch.Tensor:
-        """Return the positions of the last layer."""
-        tensors = self._model.tensors
-        places = [torch.arange(tensors.weight.start, tensors.weight.stop)]
-        if tensors.bias is not None:
-            places.append(torch.arange(tensors.bias.start, tensors.bias.stop))
-        return torch.cat(places)
-
-    def _has_own_head(self) -> bool:
-        withheld = self._pipeline.withheld
-        return withheld is not None and withheld.head == "personal" and self._plan.keeps_state
-
     def _keep_head(self, state: State, vector: NDArray[np.float32]) -> None:
-        head = self._head()
         before = state.get("head")
         if before is None:
-            before = self._global[head].numpy()
+            before = self._global.numpy()[self._head]
         rate = np.float32(self._plan.scenario.federation.learning_rate)
-        state["head"] = before - rate * vector[head.numpy()]
+        state["head"] = before - rate * vector[self._head]
 
     def _personal_accuracy(self, task: Task) -> float:
         """Return how well the client's own model does on the test part, before its local steps."""

@@ -47,7 +47,7 @@ class Scenario(Section):
     model: ModelSection
     pretraining: PretrainingSection = PretrainingSection()
     federation: FederationSection
-    defenses: tuple[DefenseSection, ...] = ()
+    defenses: list[DefenseSection] = Field(default_factory=list)
     adversary: AdversarySection = AdversarySection()
     attacks: Annotated[list[AttackSection], Field(min_length=1)]
 

@@ -351,7 +351,7 @@ class FederationSection(Section):
                     )
         elif (steps is None) == (epochs is None):
             raise ValueError(
-                "federation: fedavg needs one of local_steps and local_epochs, found "
+                "fedavg needs one of federation.local_steps and local_epochs, found "
                 + ("none" if steps is None else "both")
             )
         return self

@@ -126,8 +126,8 @@ def test_size_grows_with_the_rounds() -> None:
         overrides = (f"federation.rounds={rounds}", "federation.clients=100")
         (row,) = table(describe_experiment(resolve(*overrides)))
         sizes.append(in_bytes(row["size"]))
-    # Five arrays of 4 bytes for each class, six for each client; loss, accuracy, phases, attack.
-    client = 5 * 10 * 4 + (4 + 8 + 8 + 1 + 8 + 4)
+    # Five arrays of 4 bytes for each class, ten for each client; loss, accuracy, phases, attack.
+    client = 5 * 10 * 4 + (5 * 4 + 3 * 8 + 2 * 1)
     assert sizes[1] - sizes[0] == pytest.approx(
         1000 * (100 * client + 8 * (3 + len(PHASES))), rel=0.01
     )
@@ -135,7 +135,7 @@ def test_size_grows_with_the_rounds() -> None:
 
 def test_no_size_is_shown_in_powers_of_ten() -> None:
     shown = set()
-    for clients in range(3800, 4250, 4):
+    for clients in range(3500, 3950, 4):
         overrides = ("federation.rounds=1", f"federation.clients={clients}")
         (row,) = table(describe_experiment(resolve(*overrides)))
         shown.add(row["size"])

@@ -24,7 +24,10 @@ model: {name: cnn}
 federation: {rounds: 3, clients: 2, batch_size: 4}
 attacks: [llg]
 """
-SECTIONS = ("data", "labels", "model", "federation", "compute", "results")
+SECTIONS = (
+    *("data", "labels", "partition", "model", "pretraining", "federation", "adversary"),
+    *("compute", "results"),
+)
 
 
 def parse(text: str = TEXT, *overrides: str) -> ResolvedExperiment:
@@ -62,18 +65,20 @@ def test_defaults() -> None:
 # What is refused, and how
 
 
+FEDAVG = "rounds: 1, clients: 2, batch_size: 4, algorithm: fedavg"
 MESSAGES = [
     # unknown keys: the nearest first, then all
     (
         "federation.round=3",
         "my.yaml: federation.round: unknown key 'round': did you mean 'rounds'? (known: algorithm, "
-        "attack_every, batch_size, clients, evaluate_every, fresh_model, learning_rate, rounds, "
-        "share_statistics, statistics_noise)",
+        "attack_every, batch_norm, batch_size, clients, dropout, evaluate_every, fresh_model, "
+        "learning_rate, local_epochs, local_steps, momentum, population, proximal, rounds, server, "
+        "statistics_noise, weight_decay, weighting)",
     ),
     ("federatoin.rounds=3", "my.yaml: federatoin: unknown key 'federatoin': did you mean 'feder"),
     ("data={name: digits, xyz: {a: 1}}", "my.yaml: data.xyz: unknown key 'xyz': known: aux"),
     # unknown names
-    ("data.name=digit", "my.yaml: data.name: found 'digit': did you mean 'digits'? (known: cifar"),
+    ("data.name=digit", "my.yaml: data.name: found 'digit': did you mean 'digits'? (known: celeb"),
     ("model.name=resnet", "my.yaml: model.name: found 'resnet': did you mean 'resnet20'? (known: "),
     ("model.name=vgg", "my.yaml: model.name: found 'vgg': known: cnn, cnn_bn, cnn_gn, fcnn, lenet"),
     ("model.activation=rele", "my.yaml: model.activation: found 'rele': did you mean 'relu'? (kno"),
@@ -92,7 +97,7 @@ MESSAGES = [
     ("adversary.auxiliary_data=cifar100", "my.yaml: adversary.auxiliary_data: 'cifar100' has 100 "),
     ("pretraining.steps=-1", "my.yaml: pretraining.steps: found -1: input should be greater than"),
     ("pretraining.step=1", "my.yaml: pretraining.step: unknown key 'step': did you mean 'steps'?"),
-    ("federation.algorithm=fedavg", "my.yaml: federation.algorithm: found 'fedavg': did you mean "),
+    ("federation.algorithm=fedag", "my.yaml: federation.algorithm: found 'fedag': did you mean 'f"),
     # wrong types
     ("federation.rounds=many", "my.yaml: federation.rounds: found 'many': input should be a valid"),
     ("federation.rounds=2.5", "my.yaml: federation.rounds: found 2.5: input should be a valid int"),
@@ -135,6 +140,92 @@ MESSAGES = [
     ("model.name=lenet", "my.yaml: model 'lenet' needs images of at least 10x10, those of 'digits"),
     ("model.arguments={a: 1}", "my.yaml: model: model.arguments is for models given by an import "),
     ("model={name: 'a:b', activation: relu}", "my.yaml: model: model.activation is for the built"),
+    (
+        "data.variant=letters",
+        "my.yaml: data: data.variant: 'letters'; the data set 'digits' has no",
+    ),
+    (
+        "data={name: emnist, variant: letter}",
+        "my.yaml: data: data.variant: 'emnist' has no variant 'letter'; did you mean 'letters'? (k",
+    ),
+    (
+        "attacks=[{name: llg, label: a+adapted}]",
+        "my.yaml: attacks: the label 'a+adapted' ends like",
+    ),
+    ("attacks=[{name: llg, label: a+rounds}]", "my.yaml: attacks: the label 'a+rounds' ends like"),
+    # federated training
+    ("federation.server.lr=1", "my.yaml: federation.server.lr: unknown key 'lr': known: beta1, be"),
+    (
+        "federation.server.optimizer=adm",
+        "my.yaml: federation.server.optimizer: found 'adm': did you mean 'adam'? (known: adam, mom",
+    ),
+    ("federation.server.learning_rate=0", "my.yaml: federation.server.learning_rate: found 0: inp"),
+    ("federation.dropout=1", "my.yaml: federation.dropout: found 1: input should be less than 1"),
+    ("federation.momentum=1", "my.yaml: federation.momentum: found 1: input should be less than 1"),
+    ("federation.batch_norm=own", "my.yaml: federation.batch_norm: found 'own': known: aggregated"),
+    (
+        "federation.algorithm=fedavg",
+        "my.yaml: federation: fedavg needs one of federation.local_steps and local_epochs, found n",
+    ),
+    (
+        f"federation={{{FEDAVG}, local_steps: 2, local_epochs: 1}}",
+        "my.yaml: federation: fedavg needs one of federation.local_steps and local_epochs, found b",
+    ),
+    ("federation.local_steps=2", "my.yaml: federation: federation.local_steps and local_epochs be"),
+    ("federation.local_epochs=1", "my.yaml: federation: federation.local_steps and local_epochs b"),
+    (
+        "federation.momentum=0.5",
+        "my.yaml: federation: federation.momentum has no effect on a singl",
+    ),
+    (
+        "federation.proximal=0.5",
+        "my.yaml: federation: federation.proximal has no effect on a singl",
+    ),
+    ("federation.population=1", "my.yaml: federation: federation.population: 1 clients altogether"),
+    (
+        f"federation={{{FEDAVG}, local_epochs: 1}}",
+        "my.yaml: federation.local_epochs: an epoch is a pass over a client's own samples, and par",
+    ),
+    # partitions
+    ("partition.kind=dirichlt", "my.yaml: partition.kind: found 'dirichlt': did you mean 'dirichl"),
+    ("partition.kind=dirichlet", "my.yaml: partition: partition.alpha is missing: 'dirichlet' nee"),
+    (
+        "partition={kind: dirichlet, alpha: 0}",
+        "my.yaml: partition.alpha: found 0: input should be greater than 0",
+    ),
+    ("partition={kind: iid, alpha: 1}", "my.yaml: partition: partition.alpha belongs to dirichlet"),
+    (
+        "partition={kind: shards, classes_per_client: 0}",
+        "my.yaml: partition.classes_per_client: found 0: input should be greater than or equal to 1",
+    ),
+    ("partition.kind=iid", "my.yaml: labels.distribution: with partition.kind 'iid' a client's la"),
+    # defences
+    ("defenses=noise", "my.yaml: defenses: found 'noise': input should be a valid list"),
+    ("defenses=[3]", "my.yaml: defenses.0: found 3: expected a mapping of keys"),
+    (
+        "defenses=[topk]",
+        "my.yaml: defenses.0: found 'topk': unknown defence 'topk': did you mean '",
+    ),
+    (
+        "defenses=[{name: top_k, theta: 0.9, theat: 1}]",
+        "my.yaml: defenses.0: defence 'top_k' has no option 'theat': did you mean 'theta'? (known:",
+    ),
+    (
+        "defenses=[signsgd, {name: clip, bound: 1}]",
+        "my.yaml: defenses: 'clip' (clip) stands after 'signsgd' (quantise); the order is: labels,",
+    ),
+    (
+        "defenses=[signsgd, float16]",
+        "my.yaml: defenses: signsgd and float16 do not go together: at most one of them",
+    ),
+    (
+        "defenses=[{name: mixup, alpha: 1}, {name: dp_sgd, bound: 1, noise_multiplier: 1}]",
+        "my.yaml: defenses: dp_sgd and mixup do not go together: a sample that is mixed into anoth",
+    ),
+    (
+        "defenses=[{name: top_k, theta: 0.9, error_feedback: true, at: step}]",
+        "my.yaml: defenses: top_k: error_feedback keeps what an update did not send: set at: updat",
+    ),
 ]
 
 
@@ -143,6 +234,21 @@ def test_message_names_file_key_found_and_allowed(override: str, expected: str) 
     message = refusal(TEXT, override)
     assert "\n" not in message
     assert message.startswith(expected)
+
+
+def test_a_sum_hides_nobody_alone() -> None:
+    summed = "defenses=[secure_aggregation]"
+    parse(TEXT, summed)
+    alone = refusal(TEXT, summed, "federation.clients=1")
+    assert alone.startswith("my.yaml: defenses: secure_aggregation of one client hides nothing: ")
+    message = refusal(
+        TEXT,
+        summed,
+        f"federation={{{FEDAVG}, local_epochs: 1}}",
+        "partition.kind=iid",
+        "labels.distribution=natural",
+    )
+    assert message.startswith("my.yaml: defenses: secure_aggregation: attacks on a sum need ")
 
 
 def test_title_is_one_printable_line() -> None:

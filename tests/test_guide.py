@@ -1,9 +1,11 @@
 """The guide is run as a reader would: its files are written, its commands run, its claims held."""
 
+import json
 import os
 import re
 from pathlib import Path
 
+import h5py
 import pytest
 from launching import environment, finish
 
@@ -34,6 +36,7 @@ def test_there_is_something_to_run(folder: Path) -> None:
     languages = [language for language, _ in _BLOCK.findall(GUIDE.read_text())]
     assert {*languages} == {"python", "yaml", "sh"}
     made = {"mine.h5", "both.h5", "more.h5", "all.h5", "mine.py", "mine_too.py", "mine.yaml"}
+    made |= {"damping.py", "damped.yaml", "damped.h5", "test_damping.py"}
     assert made <= {path.name for path in folder.iterdir()}
     assert len(list((folder / "figures").glob("*.png"))) >= 2
 
@@ -61,3 +64,19 @@ def test_the_same_attack_replayed_is_the_same(folder: Path) -> None:
     assert (seen == again).all()
     sharper = frame[frame.attack == "sharper"]["asr"].to_numpy()
     assert (sharper != frame[frame.attack == "Flat"]["asr"].to_numpy()).any()
+
+
+def test_what_the_guide_says_of_the_defence(folder: Path) -> None:
+    frame = load(folder / "damped.h5")
+    means = frame.groupby(["scenario", "attack"]).asr.mean()
+    uniform = frame.groupby("scenario").uniform.mean()
+    for scenario in (1, 2):
+        for fooled in ("aux_mean", "lmmse"):
+            assert means[0, fooled] > uniform[0] + 0.2
+            assert means[scenario, fooled] < uniform[scenario] + 0.1
+            assert means[scenario, f"{fooled}+adapted"] > means[0, fooled] - 0.05
+        for unmoved in ("llg", "scale_free"):
+            assert means[scenario, unmoved] > uniform[scenario] + 0.15
+    with h5py.File(folder / "damped.h5") as file:
+        adapted = file["scenarios/0001/attacks/lmmse+adapted"].attrs["adaptation"]
+    assert json.loads(adapted) == ["damp: Multiplies the last layer's gradient by the constant."]

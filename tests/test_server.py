@@ -27,6 +27,7 @@ from testbed.results.writer import ResultsWriter
 from testbed.seeds import Purpose, seed64
 from testbed.server import ScenarioServer
 from testbed.startup import ScenarioSetup
+from testbed.summing import message_capacity
 from testbed.transport.base import Downlink
 from testbed.transport.local import LocalTransport
 from testbed.update import Message
@@ -71,7 +72,8 @@ class Run:
 
     def batch(self, round_: int, clients: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         worker = ClientWorker(self.plan, self.setup, 0)
-        indices = np.concatenate([worker.draw(Task(0, round_, client)) for client in clients])
+        batches = [batch for client in clients for batch in worker.draw(Task(0, round_, client))]
+        indices = np.concatenate(batches)
         return self.setup.samples.inputs(indices), self.setup.samples.targets(indices)
 
 
@@ -91,6 +93,9 @@ class Recorder(Downlink):
         self._tamper(task, message)
         self._run.updates[task] = message.payload.copy()
         return message
+
+    def reduce(self, total: NDArray[Any]) -> None:
+        self._inner.reduce(total)
 
     def __exit__(self, *error: Any) -> None:
         self._inner.__exit__(*error)
@@ -112,7 +117,8 @@ def serve(
         path, attributes={}, ranks=RANKS, scenarios=[header], commit_seconds=commit_seconds
     )
     transport = LocalTransport()
-    opened = transport.open(plan, run.setup.layout, worker, buffers=4)
+    capacity = message_capacity(plan, run.setup)
+    opened = transport.open(plan, run.setup.layout, worker, buffers=4, capacity=capacity)
     with closing(writer), Recorder(opened, run, tamper) as downlink:
         loop = ScenarioServer(plan, run.setup, downlink, workers, writer)
         position = Position()
@@ -161,7 +167,7 @@ def built(init: str, seed: int, name: str = "cnn") -> NDArray[np.float32]:
 
 def test_clients_count_by_their_samples(tmp_path: Path) -> None:
     def tamper(task: Task, message: Message) -> None:
-        message.header["samples"] = [1, 3][task.client]
+        message.header["weight"] = [1, 3][task.client]
 
     run = serve(tmp_path / "a.h5", "federation.rounds=2", tamper=tamper)
     mean = (run.update(0, 0).astype(float) + 3 * run.update(0, 1)) / 4
@@ -361,7 +367,7 @@ def test_attacks_in_chunks_answer_the_same(tmp_path: Path, monkeypatch: pytest.M
 def test_a_last_layer_without_bias(tmp_path: Path) -> None:
     run = serve(tmp_path / "a.h5", "model.name=small_run:unbiased", "attacks=[llg, llg_plus]")
     with h5py.File(run.path) as file:
-        assert list(file["scenarios/0000/observations"]) == ["labels", "row_sums"]
+        assert list(file["scenarios/0000/observations"]) == ["labels", "norm", "row_sums"]
     for task, payload in run.updates.items():
         sums = run.setup.layout.weight_gradient(payload).sum(axis=1, dtype=float)
         found = run["observations/row_sums"][task.round, task.client]

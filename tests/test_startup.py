@@ -72,8 +72,8 @@ def test_training_without_steps_is_no_training(override: str, reason: str) -> No
 
 def test_noise_on_what_is_not_shared_is_refused() -> None:
     noise = "federation.statistics_noise=1"
-    with pytest.raises(UserError, match="of no use where share_statistics is false"):
-        plan_of(noise, "federation.share_statistics=false")
+    with pytest.raises(UserError, match="of no use where batch_norm is 'local'"):
+        plan_of(noise, "federation.batch_norm=local")
 
 
 @pytest.mark.parametrize(("momentum", "known"), [("0.1", True), ("null", False), ("0.0", False)])

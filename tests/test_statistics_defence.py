@@ -17,13 +17,15 @@ from testbed.plan import Task
 from testbed.startup import ScenarioSetup
 from testbed.update import Message
 
+CLIENTS = 60
 TASKS = [Task(0, round_, client) for round_ in range(2) for client in range(3)]
 Updates = dict[Task, NDArray[np.float32]]
 
 
 def prepare(*overrides: str) -> tuple[ClientWorker, ScenarioSetup, NDArray[np.float32]]:
     """Return a worker at an initial model with buffers unlike those of a new module."""
-    plan = plan_of("model.name=cnn_bn", "model.init=torch", "federation.batch_size=16", *overrides)
+    federation = ("federation.batch_size=16", f"federation.clients={CLIENTS}")
+    plan = plan_of("model.name=cnn_bn", "model.init=torch", *federation, *overrides)
     setup = setups_for([plan]).make(plan)
     state = torch.empty(setup.layout.size)
     setup.initialise(state, (0, 0))
@@ -64,13 +66,20 @@ def test_statistics_are_shared_as_the_forward_pass_left_them() -> None:
         assert (update[split:] != sent).all()
 
 
-def test_without_sharing_the_client_sends_back_what_it_received() -> None:
-    _, setup, state = prepare()
+@pytest.mark.parametrize("kept", ["local", "frozen"])
+def test_without_sharing_no_statistics_are_sent(kept: str) -> None:
+    worker, setup, state = prepare(f"federation.batch_norm={kept}")
     split = setup.layout.parameters
-    shared, withheld = updates_of(), updates_of("federation.share_statistics=false")
+    shared, withheld = updates_of(), updates_of(f"federation.batch_norm={kept}")
     for task, update in withheld.items():
         np.testing.assert_array_equal(update[split:], state[split:])
-        np.testing.assert_array_equal(update[:split], shared[task][:split])
+        # Frozen statistics normalise, and local ones leave the gradient as it is.
+        assert np.array_equal(update[:split], shared[task][:split]) == (kept == "local")
+        message = Message(setup.layout)
+        worker.work(task, message)
+        sent = message.buffer[: message.used]
+        assert message.header["payload_bytes"] == 4 * split
+        np.testing.assert_array_equal(sent[-4 * split :].view(np.float32), update[:split])
 
 
 def test_noise_does_not_depend_on_rank_or_order() -> None:
@@ -165,11 +174,10 @@ def prepare_group_norm() -> tuple[ClientWorker, ScenarioSetup, NDArray[np.float3
 
 
 def success_of(*overrides: str, noise: float = 0.0) -> float:
-    """Return the success of the statistics attack on 60 clients of a model in training.
+    """Return the success of the statistics attack on a round's clients of a model in training.
 
     ``noise`` is what the server knows of the defence.
     """
-    clients = 60
     worker, setup, _ = prepare(
         "labels.distribution=unbalanced", "data.auxiliary_per_class=20", *overrides
     )
@@ -188,7 +196,7 @@ def success_of(*overrides: str, noise: float = 0.0) -> float:
     trained = model.state.numpy().copy()
     worker.load(trained)
     statistics, truth = [], []
-    for client in range(clients):
+    for client in range(CLIENTS):
         message = Message(setup.layout)
         worker.work(Task(0, 0, client), message)
         statistics.append(message.payload[split:].copy())
@@ -198,15 +206,15 @@ def success_of(*overrides: str, noise: float = 0.0) -> float:
     attack = make_attack("batchnorm", {"batches": 200, "noise": noise})
     calibration = attack.calibrate(RestrictedAdversary(adversary, Knowledge.AUXILIARY, 16, 0))
     observations = Observations(
-        row_sums=np.zeros((clients, 10), np.float32),
+        row_sums=np.zeros((CLIENTS, 10), np.float32),
         bias_gradient=None,
         weight_gradient=None,
-        labels=np.full(clients, 16),
-        keys=np.arange(clients),
+        labels=np.full(CLIENTS, 16),
+        keys=np.arange(CLIENTS),
         statistics=np.stack(statistics),
     )
     counts = attack.infer(observations, calibration).values
-    return float(np.minimum(counts, truth).sum() / (16 * clients))
+    return float(np.minimum(counts, truth).sum() / (16 * CLIENTS))
 
 
 def test_more_noise_leaves_less_success() -> None:
@@ -240,4 +248,4 @@ def test_noise_that_the_server_simulates_is_that_of_the_clients() -> None:
 
 
 def test_withheld_statistics_give_no_information() -> None:
-    assert success_of() > success_of("federation.share_statistics=false") + 0.25
+    assert success_of() > success_of("federation.batch_norm=local") + 0.25

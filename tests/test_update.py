@@ -73,10 +73,14 @@ def test_a_message_is_its_bytes(layout: UpdateLayout, seed: int) -> None:
         "scenario": 1,
         "round": 2**31 - 1,
         "client": 3,
-        "samples": 4,
+        "identity": 4,
         "rank": 5,
+        "steps": 6,
+        "labels": 2**40 + 1,
+        "clipped": 2**40 + 2,
     }
-    values |= {"loss": 0.1, "seconds": 1e-9, "payload_bytes": 2**40}
+    values |= {"weight": 7.5, "loss": 0.1, "accuracy": 0.25, "seconds": 1e-9}
+    values["payload_bytes"] = 2**40
     for name, value in values.items():
         sent.header[name] = value
     sent.counts[:] = rng.integers(-(2**31), 2**31, size=layout.classes)
@@ -98,8 +102,30 @@ def test_memory_is_allocated_once_and_as_asked() -> None:
     layout = UpdateLayout(parameters=10, buffers=3, classes=2, features=4, weight=0, bias=8)
     message = Message(layout, allocate)
     assert asked == [message.buffer.nbytes]
-    # header 64 of 56 bytes, counts and posterior 64 of 8 bytes each, payload 64 of 52 bytes.
-    assert asked == [256]
+    # header 128 of 80 bytes, counts and posterior 64 of 8 bytes each, payload 64 of 52 bytes.
+    assert asked == [320]
+
+
+@given(layouts(), st.integers(1, 300), st.data())
+def test_what_is_sent_ends_with_the_update(
+    layout: UpdateLayout, capacity: int, data: st.DataObject
+) -> None:
+    message = Message(layout, capacity=capacity)
+    assert message.body.nbytes == capacity
+    taken = data.draw(st.integers(0, capacity))
+    message.header["payload_bytes"] = taken
+    assert message.used == start_of(message, message.body) + taken
+    assert message.used <= message.buffer.nbytes
+    message.buffer[: message.used] = 1
+    assert (message.body[:taken] == 1).all()
+    assert not message.body[taken:].any()
+
+
+@given(layouts())
+def test_a_plain_update_takes_all_of_its_body(layout: UpdateLayout) -> None:
+    message = Message(layout)
+    message.payload[:] = 1
+    np.testing.assert_array_equal(message.body.view(np.float32), np.ones(layout.size))
 
 
 @given(layouts())

@@ -120,7 +120,9 @@ def scenario_arrays(
         arrays[f"attacks/{label}/{answer}"] = ArraySpec(per_class, ANSWERS[answer])
         for name, (axes, dtype) in calibration.items():
             named = [f"{_ANONYMOUS}{axis}" if isinstance(axis, int) else axis for axis in axes]
-            if varying and named[:1] != ["client"]:
+            # Clients have taken part in different numbers of rounds.
+            each = varying or label.endswith(ACCUMULATED)
+            if each and named[:1] != ["client"]:
                 named.insert(0, "client")
             arrays[f"attacks/{label}/calibration/{name}"] = ArraySpec(
                 ("round", *named), np.dtype(dtype).newbyteorder("<").str

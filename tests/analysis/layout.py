@@ -31,7 +31,8 @@ def check_layout(figure: Figure) -> None:
         labels = [*axes.texts, *axes.get_xticklabels(), axes.title]
         shown = [text for text in labels if text.get_text() and text.get_visible()]
         slanted = any(text.get_rotation() for text in shown)
-        extents = [(text, text.get_window_extent(renderer)) for text in shown]
+        # Of annotations the text alone, without the line that leads to it.
+        extents = [(text, Text.get_window_extent(text, renderer)) for text in shown]
         for (one, a), (other, b) in itertools.combinations(extents, 2):
             assert slanted or not a.padded(-1).overlaps(b.padded(-1)), (one, other)
     assert all(text.get_fontsize() >= 8 for text in figure.findobj(Text) if text.get_text())

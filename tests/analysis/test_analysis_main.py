@@ -67,6 +67,21 @@ def test_table_into_a_file(path, tmp_path, capsys):
     assert len(table) == 4
 
 
+def test_tradeoff_as_a_table_and_as_a_figure(tmp_path, capsys):
+    path = build(tmp_path / "run.h5.partial", [Spec(rounds=5, accuracy=0.5)], committed=[3])
+    assert main(["tradeoff", str(path), "--attack", "llg", "--last", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "last 2 evaluated rounds" in out
+    assert "3 of 5 rounds" in err
+    csv = tmp_path / "t.csv"
+    assert main(["tradeoff", str(path), "--format", "csv", "-o", str(csv)]) == 0
+    assert pd.read_csv(csv)["accuracy"].tolist() == [0.5]
+    capsys.readouterr()
+    assert main(["tradeoff", str(path), "-o", str(tmp_path / "t.svg")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 't.svg'}\n"
+    assert (tmp_path / "t.svg").stat().st_size > 5000
+
+
 def test_figures(path, tmp_path, capsys):
     assert main(["figures", str(path), "-o", str(tmp_path / "out"), "--format", "svg"]) == 0
     for line in capsys.readouterr().out.splitlines():
@@ -94,6 +109,11 @@ def test_an_incomplete_file_is_pointed_out_beside_the_table(tmp_path, capsys):
         (["table", "{path}", "-o", "no/such/folder/x"], "cannot write the table"),
         (["figures", "{path}", "-o", "{path}"], "cannot write the figure"),
         (["table", "{empty}"], "no round with an attack"),
+        (["tradeoff", "missing.h5"], "no such file"),
+        (["tradeoff", "{path}", "--attack", "llgg"], "did you mean 'llg'"),
+        (["tradeoff", "{path}", "--last", "0"], "expected at least 1"),
+        (["tradeoff", "{path}", "-o", "x.png"], "no model was evaluated"),
+        (["tradeoff", "{path}", "-o", "no/such/folder/x"], "cannot write the table"),
         (["figures", "{empty}", "-o", "out"], "no round with an attack"),
         (["show", "{text}"], "no HDF5 file"),
     ],
@@ -130,7 +150,7 @@ def test_help_is_quick_and_names_every_command():
     done = run("-m", "analysis", "--help")
     assert time.perf_counter() - start < 2
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("show", "table", "figures"):
+    for command in ("show", "table", "compare", "tradeoff", "figures", "replay", "attack"):
         assert command in done.stdout
     heavy = "{'pandas', 'matplotlib', 'h5py'} & set(sys.modules)"
     done = run("-c", f"import sys, analysis.__main__; sys.exit(' '.join({heavy}) or 0)")

@@ -109,3 +109,24 @@ def test_nothing_to_compare_with(tmp_path):
     frame = analysis.load(build(tmp_path / "a.h5", [Spec(rounds=2, attacks=["llg"])]))
     with pytest.raises(UserError, match="no scenario in which 'llg' and another attack"):
         compare(frame, "llg")
+
+
+def test_rivals_answer_about_the_same_labels_and_know_no_more(tmp_path):
+    adapted = {"llg+adapted": "llg", "llg_plus+adapted": "llg_plus", "llg+rounds": "llg"}
+    spec = Spec(
+        {"defenses": [{"name": "clip"}]},
+        rounds=6,
+        attacks=["llg", "llg_plus", *adapted],
+        adapted=adapted,
+        accumulated=["llg+rounds"],
+        errors={"llg": 0.5, "llg_plus": 0.3, "llg+adapted": 0.1, "llg_plus+adapted": 0.0},
+    )
+    frame = analysis.load(build(tmp_path / "run.h5", [spec]))
+    # Not llg+adapted, which knows the defences, nor llg+rounds.
+    assert compare(frame, "llg_plus")["best"].tolist() == ["llg"]
+    assert compare(frame, "llg_plus+adapted")["best"].tolist() == ["llg+adapted"]
+    assert compare(frame, "llg", against=["llg+adapted", "llg+rounds"])["best"].tolist() == [
+        "llg+adapted"
+    ]
+    with pytest.raises(UserError, match="no scenario in which 'llg\\+rounds'"):
+        compare(frame, "llg+rounds")

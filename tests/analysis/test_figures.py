@@ -210,7 +210,7 @@ def test_nothing_overlaps_or_is_cut_off(tmp_path, case, kind):
 
 
 def test_which_figures_a_file_has(tmp_path, monkeypatch):
-    monkeypatch.setattr("analysis.figures._save", lambda _, path: path)
+    monkeypatch.setattr("analysis.figures.save_figure", lambda _, path: path)
     attacks = ["llg", "llg_plus", *(f"attack_{index}" for index in range(7)), "there"]
     keys = ("seed", "pretraining.steps", "model.activation", "federation.batch_size", "a.b")
     specs = [
@@ -235,7 +235,7 @@ def test_which_figures_a_file_has(tmp_path, monkeypatch):
 
 
 def test_swept_knowledge_has_a_figure_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("analysis.figures._save", lambda _, path: path)
+    monkeypatch.setattr("analysis.figures.save_figure", lambda _, path: path)
     keys = ("data.auxiliary_per_class", "adversary.auxiliary_noise", "federation.auxiliary_noise")
     specs = [
         Spec(dict(zip(keys, values, strict=True)), rounds=2)
@@ -246,6 +246,52 @@ def test_swept_knowledge_has_a_figure_of_its_own(tmp_path, monkeypatch):
     assert names == [
         *("run-success", "run-auxiliary_per_class", "run-auxiliary_noise", "run-occurrences")
     ]
+
+
+def test_swept_defences_have_a_matrix_beside_few_attacks_and_local_steps_their_curves(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("analysis.figures.save_figure", lambda _, path: path)
+    specs = [
+        Spec({"defenses": defenses, "federation.local_steps": steps}, rounds=2, local_steps=steps)
+        for defenses in ([], [{"name": "clip", "bound": 1.0}])
+        for steps in (1, 10)
+    ]
+    path = build(tmp_path / "run.h5", specs)
+    names = [drawn.stem for drawn in figures([path], tmp_path)]
+    assert names == ["run-success", "run-defenses", "run-local_steps", "run-occurrences"]
+    many = ["llg", *(f"attack_{index}" for index in range(8))]
+    specs = [Spec(spec.swept, rounds=2, attacks=many) for spec in specs[::2]]
+    names = [drawn.stem for drawn in figures([build(tmp_path / "many.h5", specs)], tmp_path)]
+    assert names == ["many-success", "many-occurrences"]
+
+
+def test_words_beneath_bars_are_not_cut(tmp_path):
+    defenses = ([], [{"name": "secure_aggregation", "protocol": "masks"}], [{"name": "float16"}])
+    path = build(tmp_path / "run.h5", [Spec({"defenses": value}, rounds=2) for value in defenses])
+    (axes,) = draw(path).axes
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["no defence", "secure_aggregation(masks)", "float16"]
+
+
+def test_offsets_of_each_client_are_removed_from_its_sums(tmp_path):
+    path = build(tmp_path / "run.h5", [Spec(rounds=6, clients=3, attacks=["llg", "llg_plus"])])
+    offsets = np.random.default_rng(0).normal(scale=50, size=(6, 3, 10))
+    with h5py.File(path, "a") as file:
+        group = file["scenarios/0000"]
+        sums = group["observations/row_sums"][:] + offsets
+        group["observations/row_sums"][...] = sums
+        calibration = group.create_group("attacks/llg_plus/calibration")
+        calibration.attrs["encoding-type"] = "calibration"
+        calibration.attrs["encoding-version"] = "1.2"
+        dataset = calibration.create_dataset("offset", data=offsets)
+        for position, axis in enumerate(("round", "client", "class")):
+            dataset.dims[position].attach_scale(group[axis])
+        truth = group["truth/counts"][:]
+    rho = np.corrcoef(truth.ravel(), (sums.astype(float) - offsets).ravel())[0, 1]
+    (axes,) = draw(path, "occurrences").axes
+    assert axes.get_title().endswith(f"offsets removed {rho:.3f}")
+    assert rho < -0.9
 
 
 def test_colours_differ_in_lightness_or_hue_for_dichromats():

@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -7,14 +8,23 @@ import h5py
 import numpy as np
 import pytest
 from build_file import Spec, age, build, paper_sweep
+from hypothesis import given
+from hypothesis import strategies as st
 
 import analysis
-from analysis.load import attack_names, column_names, load_attacked, varying_columns
+from analysis.load import (
+    attack_names,
+    column_names,
+    family_order,
+    load_attacked,
+    varying_columns,
+)
 from testbed.attacks import metrics
 from testbed.errors import UserError
 from testbed.results.reader import Scenario
 
 ROOT = Path(__file__).parents[2]
+ALTERED = ["federation.momentum", "federation.weight_decay", "federation.proximal"]
 
 
 @pytest.fixture
@@ -31,8 +41,8 @@ def test_a_row_per_scenario_round_client_and_attack(path):
     assert len(frame) == (3 * 2 + 5 * 3) * 4
     assert list(frame.columns) == [
         *("file", "scenario", "dataset", "distribution", "model", "batch_size", "noise"),
-        *("round", "client", "attack", "title", "knowledge", "answers"),
-        *("applicable", "obstacle", "broken", "accuracy", "residual"),
+        *("round", "client", "identity", "attack", "title", "knowledge", "answers"),
+        *("target", "adapted", "applicable", "obstacle", "broken", "accuracy", "residual"),
         *metrics.METRICS,
         *("random", "uniform", "oracle"),
         *("random_presence_f1", "uniform_presence_f1", "oracle_presence_f1"),
@@ -108,11 +118,14 @@ def test_a_distribution_in_a_file_of_version_1_0_has_as_many_labels_as_the_truth
     assert analysis.load(path).equals(whole)
 
 
-def test_a_file_of_version_1_0(path):
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_file_of_an_older_version(path, version):
     new = analysis.load(path)
-    old = analysis.load(age(path))
+    old = analysis.load(age(path, version))
     assert old.equals(new)
     assert (old["answers"] == "counts").all()
+    assert (old["target"] == "update").all()
+    assert (old["adapted"] == "").all()
 
 
 def test_attacks_that_were_not_run_have_rows_without_scores(tmp_path):
@@ -140,7 +153,11 @@ def test_accuracy_is_that_of_the_round_s_model(tmp_path):
 
 
 def test_residual_is_nearly_zero_for_plain_gradients_and_unknown_for_others(tmp_path):
-    specs = [Spec(rounds=3), Spec({"defense.noise": 0.1}, rounds=3), Spec(rounds=3, local_steps=2)]
+    specs = [
+        *(Spec(rounds=3), Spec({"defense.noise": 0.1}, rounds=3)),
+        *(Spec({key: 0.1}, rounds=3, local_steps=2) for key in ALTERED),
+        Spec({"defenses": [{"name": "clip"}]}, rounds=3),
+    ]
     path = build(tmp_path / "run.h5", specs)
     with h5py.File(path, "a") as file:
         sums = file["scenarios/0000/observations/row_sums"]
@@ -154,6 +171,19 @@ def test_residual_is_nearly_zero_for_plain_gradients_and_unknown_for_others(tmp_
     assert np.isnan(plain[2])
     assert (plain[[1, 3, 4, 5]] < 1e-6).all()
     assert frame[frame["scenario"] != 0]["residual"].isna().all()
+
+
+def test_residual_is_nearly_zero_for_several_plain_local_steps(tmp_path):
+    path = build(tmp_path / "run.h5", [Spec(rounds=3, steps=(1, 5)), Spec(rounds=3, local_steps=4)])
+    frame = analysis.load(path)
+    assert (frame["oracle"] == 1).all()
+    assert (frame["residual"] < 1e-6).all()
+    with h5py.File(path, "a") as file:
+        # Of a last, smaller batch the mean over steps makes too much.
+        file["scenarios/0000/truth/counts"][:, :, 0] += 3
+    frame = analysis.load(path)
+    first = frame[frame["scenario"] == 0].groupby("client")["residual"]
+    assert first.apply(lambda residual: residual.notna().all()).tolist() == [True, False]
 
 
 def test_rounds_read_in_blocks_are_the_same(path, monkeypatch):
@@ -210,19 +240,105 @@ def test_several_files_share_their_columns(tmp_path):
 
 
 def test_swept_lists_can_be_grouped_by(tmp_path):
-    defenses = [[], [{"name": "noise", "sigma": 0.1}]]
-    path = build(tmp_path / "run.h5", [Spec({"defenses": value}, rounds=2) for value in defenses])
-    groups = analysis.load(path).groupby("defenses").size()
-    assert groups.index.tolist() == ["[]", '[{"name": "noise", "sigma": 0.1}]']
+    values = [[1, 2], {"a": 3}]
+    path = build(tmp_path / "run.h5", [Spec({"model.sizes": value}, rounds=2) for value in values])
+    groups = analysis.load(path).groupby("sizes").size()
+    assert groups.index.tolist() == ["[1, 2]", '{"a": 3}']
+
+
+def test_defences_have_a_short_column_where_there_are_any(tmp_path):
+    noise = [{"name": "noise", "sigma": 0.1}]
+    old = build(tmp_path / "old.h5", [Spec(rounds=1)])
+    assert "defenses" not in analysis.load(old)
+    swept = [Spec({"defenses": value}, rounds=1) for value in ([], noise)]
+    path = build(tmp_path / "run.h5", [*swept, Spec(rounds=1, other={"defenses": noise})])
+    frame = analysis.load(old, path)
+    facts = frame.drop_duplicates(["file", "scenario"])["defenses"].tolist()
+    assert facts == ["none", "none", "noise(0.1)", "noise(0.1)"]
+    assert varying_columns(frame) == ["defenses"]
+
+
+def test_clients_that_dropped_out_have_no_rows(tmp_path):
+    path = build(tmp_path / "run.h5", [Spec(rounds=8, clients=5, population=9, dropout=0.4)])
+    frame = analysis.load(path)
+    with h5py.File(path) as file:
+        group = file["scenarios/0000/updates"]
+        arrived, identity = group["arrived"][:] == 1, group["client"][:]
+    assert 0 < arrived.sum() < arrived.size
+    rows = frame[frame["attack"] == "llg"]
+    assert rows[["round", "client"]].to_numpy().tolist() == np.argwhere(arrived).tolist()
+    assert rows["identity"].tolist() == identity[arrived].tolist()
+    assert frame[["asr", "random", "oracle"]].notna().all(axis=None)
+
+
+def test_a_cohort_is_one_client_of_all_labels(tmp_path):
+    spec = Spec(rounds=4, cohort=6, local_steps=3, dropout=0.3)
+    path = build(tmp_path / "run.h5", [spec])
+    frame = analysis.load(path)
+    assert len(frame) == 4 * 4
+    assert (frame["client"] == 0).all()
+    assert (frame["identity"] == -1).all()
+    assert (frame["oracle"] == 1).all()
+    with h5py.File(path) as file:
+        group = file["scenarios/0000"]
+        assert group["updates/arrived"].shape == (4, 6)
+        labels = group["truth/counts"][:].sum(axis=-1)[:, 0]
+        assert (labels == 24 * group["updates/arrived"][:].sum(axis=1)).all()
+
+
+def test_accumulated_answers_are_scored_against_all_labels_so_far(tmp_path):
+    spec = Spec(
+        rounds=6,
+        clients=3,
+        population=4,
+        attack_every=2,
+        attacks=["llg", "llg+adapted", "llg+rounds"],
+        adapted={"llg+adapted": "llg", "llg+rounds": "llg"},
+        accumulated=["llg+rounds"],
+        believed=0.5,
+    )
+    path = build(tmp_path / "run.h5", [spec])
+    frame = analysis.load(path).set_index(["attack", "round", "client"])
+    assert frame.groupby("attack")["target"].first().to_dict() == {
+        **dict.fromkeys(("llg", "llg+adapted"), "update"),
+        "llg+rounds": "accumulated",
+    }
+    assert frame.groupby("attack")["adapted"].first().tolist() == ["", "llg", "llg"]
+    with h5py.File(path) as file:
+        group = file["scenarios/0000"]
+        whole, single = group["truth/accumulated"][:], group["truth/counts"][:]
+        answers = group["attacks/llg+rounds/counts"][:]
+    more = 0
+    for at in itertools.product((0, 2, 4), range(3)):
+        row = frame.loc[("llg+rounds", *at)]
+        assert row["asr"] == metrics.asr(whole[at], answers[at])
+        taken = np.array(whole[at].sum() // 2)
+        assert row["uniform"] == metrics.expected_uniform_asr(whole[at], taken)
+        assert row["random"] == metrics.expected_random_asr(whole[at], taken)
+        assert np.isnan(row["oracle"])
+        other = frame.loc[("llg+adapted", *at)]
+        assert other["uniform"] == metrics.expected_uniform_asr(single[at], np.array(4))
+        assert other["oracle"] == 1
+        more += whole[at].sum() > single[at].sum()
+    assert more >= 5
 
 
 def test_column_names():
-    swept = ["data.name", "defense.noise", "client.rate", "server.rate", "other.file", "seed"]
+    swept = [
+        "partition.kind",
+        "data.name",
+        "defense.noise",
+        "client.rate",
+        "server.rate",
+        "other.file",
+        "seed",
+    ]
     assert column_names(swept, {"file"}) == {
         "data.name": "dataset",
         "labels.distribution": "distribution",
         "model.name": "model",
         "federation.batch_size": "batch_size",
+        "partition.kind": "partition",
         "defense.noise": "noise",
         "client.rate": "client.rate",
         "server.rate": "server.rate",
@@ -245,6 +361,43 @@ def test_attacks_are_called_by_title_unless_two_share_one(path):
     }
     frame["title"] = frame["title"].replace("LLG*", "LLG+")
     assert attack_names(frame)["llg_plus"] == "llg_plus"
+
+
+def test_adapted_attacks_stand_behind_the_plain_ones(tmp_path):
+    plain = ["llg", "llg_plus"]
+    adapted = {"llg+rounds": "llg", "llg+adapted": "llg", "llg_plus+adapted": "llg_plus"}
+    spec = Spec(rounds=1, attacks=[*plain, *adapted], adapted=adapted, accumulated=["llg+rounds"])
+    frame = analysis.load(build(tmp_path / "run.h5", [spec]))
+    names = {
+        "llg": "LLG",
+        "llg+adapted": "LLG, adapted",
+        "llg+rounds": "LLG, accumulated",
+        "llg_plus": "LLG+",
+        "llg_plus+adapted": "LLG+, adapted",
+    }
+    assert list(attack_names(frame).items()) == list(names.items())
+    # Where there is nothing to adapt, the attack on all rounds has the title of the plain one.
+    frame.loc[frame["attack"] == "llg+rounds", "title"] = "LLG"
+    assert attack_names(frame) == names
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=8))
+def test_families_hold_every_attack_once_and_the_plain_one_first(parents):
+    labels = [f"a{number}" for number in range(len(parents))]
+    # Each adapts an earlier one, or none.
+    plain = {
+        label: f"a{parent}" if parent < number else ""
+        for number, (label, parent) in enumerate(zip(labels, parents, strict=True))
+    }
+    order = family_order(labels, plain)
+    assert sorted(order) == sorted(labels)
+    for label, parent in plain.items():
+        if parent:
+            between = order[order.index(parent) + 1 : order.index(label)]
+            assert all(plain[other] for other in between)
+    assert [label for label in order if not plain[label]] == [
+        label for label in labels if not plain[label]
+    ]
 
 
 def test_the_frame_reproduces_the_paper_s_random_baseline(tmp_path):

@@ -125,8 +125,71 @@ def test_too_many_columns_go_on_pages_of_the_outermost_key(tmp_path):
     check_layout(figures[1])
 
 
+DEFENCES = [
+    [],
+    [{"name": "clip", "bound": 1.0}],
+    [{"name": "top_k", "theta": 0.9, "scope": "tensor"}, {"name": "float16"}],
+    [{"name": "dp_sgd", "bound": 1.0, "noise_multiplier": 0.5}, {"name": "random_k", "theta": 0.5}],
+]
+ADAPTED = {"llg+adapted": "llg", "llg_plus+adapted": "llg_plus", "llg_plus+rounds": "llg_plus"}
+
+
+def defended(models=("cnn",)):
+    """Return scenarios with defences, of which attacks know from the second one on."""
+    return [
+        Spec(
+            {"model.name": model, "defenses": defenses},
+            rounds=4,
+            attacks=["llg", "llg_plus", *(ADAPTED if defenses else {})],
+            adapted=ADAPTED,
+            accumulated=["llg_plus+rounds"] if defenses else [],
+            errors={"llg+adapted": 0.1, "llg_plus+adapted": 0.2, "llg_plus": 0.4, "llg": 0.6},
+        )
+        for model in models
+        for defenses in DEFENCES
+    ]
+
+
+def test_adapted_attacks_stand_beneath_the_plain_ones_against_upright_defences(tmp_path):
+    (figure,), summary = draw(build(tmp_path / "run.h5", defended()))
+    axes = figure.axes[0]
+    rows = [label.get_text().partition("  (")[0] for label in axes.get_yticklabels()]
+    assert rows == [
+        *("LLG+", "LLG+, adapted", "LLG+, accumulated", "LLG", "LLG, adapted"),
+        *(*BASELINES, "uniform guess, accumulated"),
+    ]
+    labels = {text.get_text(): text for text in axes.texts if hasattr(text, "xy")}
+    assert list(labels) == [
+        *("none", "clip(1)", "top_k(0.9, tensor) + float16"),
+        "dp_sgd(bound=1,\nnoise_multiplier=0.5) +\nrandom_k(0.5)",
+        "defenses",
+    ]
+    assert [text.get_rotation() for text in labels.values()] == [90, 90, 90, 90, 0]
+    table = summary.set_index(["attack", "scenario"])
+    texts = [[text.get_text() for text in row] for row in cells(axes)]
+    assert texts[1] == [
+        "\N{EN DASH}",
+        *(f"{table.loc[('llg_plus+adapted', index), 'mean']:.2f}" for index in (1, 2, 3)),
+    ]
+    single = table.loc[("llg", 1), "uniform"]
+    assert texts[6][1] == f"{single:.2f}"
+    summed = table.loc[("llg_plus+rounds", 1)]
+    assert texts[8] == [
+        "\N{EN DASH}",
+        *(f"{table.loc[('llg_plus+rounds', index), 'uniform']:.2f}" for index in (1, 2, 3)),
+    ]
+    upper, lower = (mesh.get_array() for mesh in axes.collections[:2])
+    assert upper[2, 1] == pytest.approx(
+        (summed["mean"] - summed["uniform"]) / (1 - summed["uniform"])
+    )
+    assert lower[3, 1:].tolist() == [0, 0, 0]
+    assert summed["uniform"] > single + 0.05
+
+
 CASES = {
     "levels": specs(),
+    "defences": defended(),
+    "defences of models": defended(models=("cnn", "resnet20")),
     "one scenario": specs(sizes=(8,), distributions=("balanced",), steps=(0,)),
     "long values": [
         Spec({"model.name": name, "data.name": data}, rounds=2, clients=1, attacks=ATTACKS)

@@ -423,6 +423,53 @@ def test_the_new_file_is_a_results_file_with_both(summary, tmp_path, capsys):
     assert_same_attack(contents(more), contents(most), "llg", "x")
 
 
+LOCAL_EPOCHS = {
+    "partition": {"kind": "dirichlet_classes", "alpha": 0.5},
+    "labels": {"distribution": "natural"},
+    "federation": {"algorithm": "fedavg", "local_epochs": 1, "population": 6},
+}
+DEFENCES = [
+    [{"name": "top_k", "theta": 0.9, "error_feedback": True}],
+    [{"name": "secure_aggregation"}],
+    [{"name": "withhold_last_layer"}],
+    [{"name": "dp_sgd", "bound": 1.0, "noise_multiplier": 1.0}],
+]
+
+
+@pytest.mark.parametrize("settings", [LOCAL_EPOCHS, {"sweep": {"defenses": DEFENCES}}])
+def test_federated_and_defended_rounds_with_drop_outs(tmp_path, settings):
+    federation = {"rounds": 3, "clients": 4, "batch_size": 8, "dropout": 0.3}
+    again = {"llg": "llg_again", "llg_plus": "plus_again", "ilrg": "ilrg_again"}
+    run, more = tmp_path / "run.h5", tmp_path / "more.h5"
+    experiment = write_experiment(
+        tmp_path / "x.yaml",
+        **{
+            "data": {"name": "digits", "auxiliary_per_class": 8},
+            "results": {"observations": "last_layer"},
+            **settings,
+            "federation": {**federation, **settings.get("federation", {})},
+            "attacks": list(again),
+        },
+    )
+    done = run_testbed("run", experiment, "-o", run, cwd=ROOT)
+    assert done.status == 0, done.err
+    replay(run, more, [{"name": name, "label": label} for name, label in again.items()])
+    before, after = contents(run), contents(more)
+    for name, label in again.items():
+        assert_same_attack(before, after, name, label)
+    with open_results(run) as old, open_results(more) as new:
+        assert any((one.array("updates/arrived") == 0).any() for one in old.scenarios)
+        for first, second in zip(old.scenarios, new.scenarios, strict=True):
+            assert second.privacy == first.privacy
+            assert second.attacks.keys() == first.attacks.keys() | set(again.values())
+            for label, info in first.attacks.items():
+                assert second.attacks[label] == info
+    frame = analysis.load(more)
+    for name, label in again.items():
+        scores = [frame[frame["attack"] == one]["asr"].tolist() for one in (name, label)]
+        assert scores[0] == pytest.approx(scores[1], nan_ok=True)
+
+
 def test_files_that_are_not_complete(tmp_path, capsys):
     build(tmp_path / "run.h5.partial", [Spec(rounds=5), Spec(rounds=4)], committed=[5, 2])
     more = tmp_path / "more.h5"

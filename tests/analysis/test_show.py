@@ -1,7 +1,9 @@
+import json
+
 import h5py
 import numpy as np
 import pytest
-from build_file import Builder, Spec, build, paper_sweep
+from build_file import Builder, Spec, age, build, paper_sweep
 
 from analysis.show import show
 
@@ -115,3 +117,101 @@ def test_no_obstacles_are_not_mentioned(tmp_path):
     text = show(build(tmp_path / "run.h5", [Spec(rounds=1)]))
     assert "not applicable" not in text
     assert "broken" not in text
+
+
+def section(text, head):
+    lines = text.splitlines()
+    at = lines.index(head)
+    return [line.split("  ") for line in lines[at + 1 : lines.index("", at)]]
+
+
+def test_how_clients_train_and_defend_themselves(tmp_path):
+    top_k = [{"name": "top_k", "theta": 0.9}, {"name": "float16"}]
+    averaging = {
+        "federation.algorithm": "fedavg",
+        "federation.local_steps": 10,
+        "federation.local_epochs": None,
+        "federation.proximal": 0.01,
+        "federation.population": 40,
+        "federation.server.optimizer": "adam",
+        "federation.server.learning_rate": 0.1,
+    }
+    dirichlet = {
+        "partition.kind": "dirichlet",
+        "partition.alpha": 0.5,
+        "partition.classes_per_client": None,
+    }
+    specs = [
+        Spec(rounds=2),
+        Spec(
+            {"federation.algorithm": "fedavg"},
+            rounds=5,
+            clients=20,
+            attacks=["llg", "llg+adapted", "llg+rounds"],
+            adapted={"llg+adapted": "llg", "llg+rounds": "llg"},
+            accumulated=["llg+rounds"],
+            dropout=0.3,
+            privacy={"epsilon": 3.14159, "delta": 1e-5, "accountant": "rdp", "note": "as if"},
+            other={**averaging, **dirichlet, "defenses": top_k},
+        ),
+    ]
+    text = show(build(tmp_path / "run.h5", specs))
+    with h5py.File(tmp_path / "run.h5") as file:
+        lost = int((file["scenarios/0001/updates/arrived"][:] == 0).sum())
+    assert lost > 0
+
+    def stripped(head):
+        return [[cell.strip() for cell in line if cell.strip()] for line in section(text, head)]
+
+    assert stripped("training") == [
+        ["fedsgd, 2 clients", "in scenario 0"],
+        [
+            "fedavg, local steps 10, proximal 0.01, server adam, rate 0.1, 20 clients of 40",
+            "in scenario 1",
+        ],
+    ]
+    assert stripped("partition") == [
+        ["shared", "in scenario 0"],
+        ["dirichlet(0.5)", "in scenario 1"],
+    ]
+    assert stripped("defences") == [
+        ["none", "in scenario 0"],
+        ["top_k(0.9) + float16", "in scenario 1"],
+    ]
+    assert stripped("adapted attacks") == [["undoes what it can", "in scenario 1"]]
+    assert stripped("privacy") == [
+        ["epsilon 3.142 at delta 1e-05 (accountant rdp): as if", "in scenario 1"]
+    ]
+    assert stripped("drop-outs") == [[f"{lost} of 100 updates did not arrive", "in scenario 1"]]
+    attacks = {line[0]: line for line in stripped("attacks")}
+    assert "knows gradients and the defences" in attacks["llg+adapted"]
+    assert "answers counts of all updates so far" in attacks["llg+rounds"]
+    assert "knows gradients" in attacks["llg"]
+
+
+def test_what_older_files_do_not_say_is_not_mentioned(tmp_path):
+    path = age(build(tmp_path / "run.h5", [Spec(rounds=1)]), "1.1")
+    with h5py.File(path, "a") as file:
+        attributes = file["scenarios/0000"].attrs
+        told = json.loads(attributes["parameters"])
+        kept = {key: value for key, value in told.items() if "algorithm" not in key}
+        attributes["parameters"] = json.dumps(
+            {key: value for key, value in kept.items() if not key.startswith("partition")}
+        )
+    lines = show(path).splitlines()
+    for head in ("training", "partition", "defences", "privacy", "drop-outs", "adapted attacks"):
+        assert head not in lines
+
+
+def test_swept_defences_are_a_column_and_cohorts_have_their_members(tmp_path):
+    specs = [
+        Spec({"defenses": value}, rounds=1, cohort=cohort)
+        for value, cohort in (([], 0), ([{"name": "secure_aggregation"}], 12))
+    ]
+    lines = show(build(tmp_path / "run.h5", specs)).splitlines()
+    assert [line.split() for line in lines[-3:]] == [
+        ["#", "defenses", "clients", "classes", "rounds"],
+        ["0", "none", "2", "10", "1/1"],
+        ["1", "secure_aggregation", "12", "10", "1/1"],
+    ]
+    assert "defences" not in lines

@@ -314,10 +314,13 @@ def test_the_self_test_tells_what_fails(path):
 
 
 def test_the_self_test_of_updates_that_are_no_plain_gradients(tmp_path):
-    specs = [Spec(rounds=3, local_steps=2), Spec({"defense.noise": 0.1}, rounds=3)]
+    altered = {"federation.weight_decay": 0.01}
+    specs = [Spec(altered, rounds=3, local_steps=2), Spec({"defense.noise": 0.1}, rounds=3)]
     frame = analysis.load(build(tmp_path / "run.h5", specs))
-    none = "self-test: none, since no update is the plain, finite gradient of one step"
+    none = "self-test: none, since no update is the plain, finite gradient of local steps"
     assert self_test(frame) == none
+    frame = analysis.load(build(tmp_path / "steps.h5", [Spec(rounds=3, local_steps=2)]))
+    assert self_test(frame).startswith("self-test: oracle 1.000 in all 6 updates; ")
     spec = Spec(rounds=1, clients=1, bias=False)
     frame = analysis.load(build(tmp_path / "no_bias.h5", [spec]))
     assert self_test(frame).startswith(
@@ -336,3 +339,39 @@ def test_no_interval_leaves_what_a_metric_can_be(tmp_path):
     frame = analysis.load(build(tmp_path / "run.h5", [Spec(rounds=2, clients=1, attacks=["llg"])]))
     row = summarise(frame.assign(asr=[1.0, 0.5])).iloc[0]
     assert (row["low"], row["high"]) == (0, 1)
+
+
+@pytest.mark.parametrize("rows", ["scenarios", "attacks"])
+def test_attacks_on_all_updates_so_far_have_a_guess_of_their_own(tmp_path, rows):
+    adapted = {"llg+adapted": "llg", "llg+rounds": "llg"}
+    specs = [
+        Spec({"defenses": []}, rounds=5, attacks=["llg"]),
+        Spec(
+            {"defenses": [{"name": "top_k", "theta": 0.9}]},
+            rounds=5,
+            attacks=["llg", *adapted],
+            adapted=adapted,
+            accumulated=["llg+rounds"],
+        ),
+    ]
+    frame = analysis.load(build(tmp_path / "run.h5", specs))
+    text = render(frame, rows=rows)
+    assert "scored otherwise: about all updates of a client so far, with guesses of their own" in (
+        text
+    )
+    own = frame[(frame["scenario"] == 1) & (frame["attack"] == "llg+rounds")]["uniform"].mean()
+    single = frame[(frame["scenario"] == 1) & (frame["attack"] == "llg")]["uniform"].mean()
+    assert own > single + 0.05
+    lines = text.splitlines()
+    if rows == "scenarios":
+        heads = ["LLG ", "LLG, adapted ", "LLG, accumulated ", "uniform guess ", "accumulated"]
+        places = [lines[0].rindex(head) for head in heads]
+        assert places == sorted(places)
+        assert lines[3].split()[:2] == ["1", "top_k(0.9)"]
+        assert lines[3].split()[-3:] == [f"{single:.3f}", "1.000", f"{own:.3f}"]
+        assert lines[2].split()[-1] == "-"
+    else:
+        assert lines[0].split() == ["defenses", "none", "top_k(0.9)"]
+        last = next(line for line in lines if line.startswith("uniform guess, accumulated"))
+        assert last.split()[-2:] == ["-", f"{own:.3f}"]
+    assert self_test(frame).startswith("self-test: oracle 1.000 in all 10 updates")

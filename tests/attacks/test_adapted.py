@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from closed_form import SEEDS, observe, random_posterior, server
-from global_models import CLASSES, Federation, infer, perceptron
+from global_models import CLASSES, Federation, infer, perceptron, success
 from hypothesis import given
 from torch import nn
 
@@ -24,7 +24,7 @@ from testbed.attacks import (
 )
 from testbed.attacks.adapted import AdaptedAttack, adapts
 from testbed.attacks.defended import DefendedAdversary, is_defended
-from testbed.defenses import Defense, Stage, Tensors
+from testbed.defenses import Defense, Stage, Targets, Tensors, make_defense
 
 BASELINES = ("random", "uniform", "prior", "oracle")
 
@@ -118,6 +118,50 @@ def tensors(federation):
 
 def adapted(attack, defenses, where, has_bias=True):
     return AdaptedAttack(attack, tuple(defenses), where, has_bias)
+
+
+def private_batches(federation, clients, size, skewed=True, seed=4):
+    """Return positions [N, B] among the clients' samples, half of each batch of one class."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(CLASSES, size=(clients, size))
+    if skewed:
+        labels[:, : size // 2] = rng.integers(CLASSES, size=(clients, 1))
+    own = federation._clients.on_auxiliary().labels
+    return np.vectorize(lambda c: rng.choice(np.flatnonzero(own == c)))(labels)
+
+
+def trained_on(federation, chosen, defense=None):
+    """Observe clients with the samples [N, B] that train on what a defence makes of the labels."""
+    outputs = federation._clients.on_auxiliary()
+    weights, biases, rng = [], [], np.random.default_rng(6)
+    for batch in chosen:
+        targets = Targets(np.eye(CLASSES, dtype=np.float32)[outputs.labels[batch]])
+        if defense is not None:
+            targets = defense.transform(targets, batch, rng, 9)
+        residual = outputs.posterior[batch] - targets.probabilities
+        weights.append(residual.T @ outputs.features[batch] / len(batch))
+        biases.append(residual.mean(axis=0))
+    counts = np.array([np.bincount(outputs.labels[b], minlength=CLASSES) for b in chosen])
+    return observe(np.array(weights), np.array(biases), chosen.shape[1]), counts
+
+
+def sent(federation, observations, defense):
+    """Observe the same clients when a defence is applied to their whole updates."""
+    where, updates = tensors(federation), observations.update.copy()
+    for row, vector in enumerate(updates):
+        defense.apply(vector[: where.size], where, np.random.default_rng([8, row]))
+    norm = np.linalg.norm(updates[:, : where.size].astype(np.float64), axis=1)
+    return replace(federation.observe(updates), norm=norm)
+
+
+def each_success(counts, truth):
+    return np.minimum(counts, truth).sum(axis=1) / truth.sum(axis=1)
+
+
+def interval(differences):
+    """Return a 95 % interval of the mean of paired differences."""
+    half = 1.96 * differences.std(ddof=1) / np.sqrt(len(differences))
+    return differences.mean() - half, differences.mean() + half
 
 
 NOWHERE = Tensors((), np.zeros(1, np.int64), slice(0, 0), None, 3)
@@ -445,3 +489,71 @@ def test_presence_is_left_as_it_is():
     presence = np.array([[True, False, True], [False, False, True]])
     found = answer_of(LabelPresence(presence), [Rolled()], observed(), Answer.PRESENCE)
     np.testing.assert_array_equal(found.presence, presence)
+
+
+# With the defences that there are
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    return Federation(perceptron(), batch_size=16)
+
+
+@pytest.mark.parametrize("bound", [0.01, 0.1])
+@pytest.mark.parametrize("name", ["llg_plus", "aux_mean", "aux_ls"])
+def test_what_clipping_takes_comes_back(untrained, name, bound):
+    observations, counts = untrained.draw(40)
+    defense, attack = make_defense("clip", {"bound": bound}), make_attack(name, {})
+    clipped = sent(untrained, observations, defense)
+    clean = success(untrained.run(attack, observations).counts, counts)
+    plain = success(untrained.run(attack, clipped).counts, counts)
+    wrapped = adapted(attack, [defense], tensors(untrained))
+    found = success(untrained.run(wrapped, clipped).counts, counts)
+    assert plain < clean - 0.3
+    assert found > clean - 0.1
+
+
+def test_what_was_not_clipped_is_left_alone(untrained):
+    observations, _ = untrained.draw(10)
+    defense = make_defense("clip", {"bound": 1e3})
+    whole = sent(untrained, observations, defense)
+    attack = make_attack("aux_mean", {})
+    found = untrained.run(adapted(attack, [defense], tensors(untrained)), whole)
+    np.testing.assert_array_equal(found.scores, untrained.run(attack, observations).scores)
+
+
+@pytest.mark.parametrize("name", ["llg_plus", "aux_mean", "ilrg"])
+def test_smoothed_labels_are_restored(untrained, name):
+    defense, attack = make_defense("label_smoothing", {"epsilon": 0.3}), make_attack(name, {})
+    chosen = private_batches(untrained, 40, 32)
+    clean, counts = trained_on(untrained, chosen)
+    smoothed, _ = trained_on(untrained, chosen, defense)
+    untouched = success(untrained.run(attack, clean).counts, counts)
+    plain = success(untrained.run(attack, smoothed).counts, counts)
+    wrapped = adapted(attack, [defense], tensors(untrained))
+    found = success(untrained.run(wrapped, smoothed).counts, counts)
+    assert plain < untouched - 0.05
+    assert found > untouched - 0.02
+
+
+def test_randomised_responses_are_inverted_in_large_batches():
+    federation = Federation(perceptron(), batch_size=200)
+    defense = make_defense("randomised_response", {"epsilon": 2.0, "memoise": False})
+    observations, counts = trained_on(federation, private_batches(federation, 40, 200), defense)
+    attack = make_attack("aux_mean", {})
+    plain = each_success(federation.run(attack, observations).counts, counts)
+    wrapped = adapted(attack, [defense], tensors(federation))
+    found = each_success(federation.run(wrapped, observations).counts, counts)
+    assert interval(found - plain)[0] > 0.05
+
+
+def test_a_learned_attack_is_better_where_it_learns_from_noise():
+    federation = Federation(perceptron(nn.ReLU, 32), local_steps=2, batch_size=8, training=200)
+    observations, counts = federation.draw(60)
+    defense = make_defense("noise", {"sigma": 0.05})
+    noisy = sent(federation, observations, defense)
+    attack = make_attack("posterior_regression", {"simulations": 600, "steps": 300})
+    plain = each_success(federation.run(attack, noisy).counts, counts)
+    wrapped = adapted(attack, [defense], tensors(federation))
+    found = each_success(federation.run(wrapped, noisy).counts, counts)
+    assert interval(found - plain)[0] > 0

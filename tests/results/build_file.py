@@ -186,11 +186,11 @@ def _draw_members(spec: Spec, generator: np.random.Generator) -> dict[str, NDArr
         arrived = generator.random(members) >= spec.dropout
     steps = np.array([spec.local(0 if spec.cohort else member) for member in range(members)])
     return {
-        "updates/client": np.where(arrived, identities, -1),
+        "updates/client": identities,
         "updates/local_steps": np.where(arrived, steps, -1),
         "updates/arrived": arrived,
         "updates/finite": arrived,
-        "updates/bytes_on_wire": np.where(arrived, spec.bytes_on_wire, -1),
+        "updates/bytes_on_wire": spec.bytes_on_wire * arrived,
     }
 
 
@@ -393,7 +393,10 @@ def age(path: Path, version: str = "1.0") -> Path:
         arrays += ["observations/labels"]
     with h5py.File(path, "a") as file:
         groups = [file]
-        file.visititems(lambda _, item: groups.append(item) if "encoding-type" in item.attrs else 0)
+        # Anything but None would end the visit.
+        file.visititems(
+            lambda _, item: groups.append(item) if isinstance(item, h5py.Group) else None
+        )
         for group in groups:
             group.attrs["encoding-version"] = version
             for name in set(group.attrs) & newer:

@@ -8,7 +8,7 @@ import build_file
 import h5py
 import numpy as np
 import pytest
-from build_file import Spec, build
+from build_file import Spec, age, build
 
 from testbed.errors import UserError
 from testbed.results.reader import open_results
@@ -82,6 +82,32 @@ def test_attacks_come_in_the_order_of_the_experiment(path):
         assert attacks["llg_plus"].title == "LLG+"
         assert attacks["llg_plus"].knowledge == "auxiliary"
         assert attacks["llg_plus"].options == {}
+
+
+def test_what_is_new_in_version_1_2_and_what_older_files_stand_for(tmp_path):
+    told = {"epsilon": 1.5, "delta": 1e-5}
+    spec = Spec(
+        rounds=2,
+        cohort=7,
+        attacks=["llg", "llg+rounds"],
+        adapted={"llg+rounds": "llg"},
+        accumulated=["llg+rounds"],
+        privacy=told,
+    )
+    path = build(tmp_path / "run.h5", [spec, Spec(rounds=2, clients=3)])
+    with open_results(path) as results:
+        cohort, clients = results.scenarios
+        assert (cohort.clients, cohort.members, cohort.privacy) == (1, 7, told)
+        assert (clients.clients, clients.members, clients.privacy) == (3, 3, {})
+        assert list(cohort.attacks) == ["llg", "llg+rounds"]
+        info = cohort.attacks["llg+rounds"]
+        assert (info.target, info.adapted) == ("accumulated", "llg")
+        assert info.adaptation == ["undoes what it can"]
+        assert cohort.array("updates/arrived", 0, 1).shape == (1, 7)
+    with open_results(age(path, "1.1")) as results:
+        old = results.scenarios[0].attacks["llg+rounds"]
+        assert (old.target, old.adapted, old.adaptation) == ("update", "", [])
+        assert results.scenarios[0].privacy == {}
 
 
 def test_arrays(path):

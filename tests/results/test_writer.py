@@ -63,6 +63,9 @@ ATTACKS = {
         assumes=["distinct labels"],
         broken={"distinct labels": "8 labels"},
         not_applicable="",
+        target="accumulated",
+        adapted="llg",
+        adaptation=["noise: waits"],
     ),
 }
 DECLARED: Mapping[str, tuple[str, Calibrations]] = {
@@ -79,8 +82,11 @@ HEADER = ScenarioHeader(
     model_buffers=7,
     last_layer="classifier",
     lengths=LENGTHS,
-    arrays=scenario_arrays(bias=True, weight=True, statistics=True, update=True, attacks=DECLARED),
+    arrays=scenario_arrays(
+        bias=True, weight=True, statistics=True, update=True, accumulated=True, attacks=DECLARED
+    ),
     attacks=ATTACKS,
+    privacy={"epsilon": 1.5},
 )
 SMALL = replace(
     HEADER,
@@ -196,6 +202,38 @@ def test_arrays_are_those_of_the_format() -> None:
     assert found == described.keys()
 
 
+def test_what_is_known_of_a_cohort_s_members_has_an_axis_of_its_own() -> None:
+    plain, summed = (
+        scenario_arrays(bias=True, weight=False, attacks=DECLARED, member=member)
+        for member in (False, True)
+    )
+    assert {*summed} - {*plain} == {"updates/clipped"}
+    for name, spec in summed.items():
+        of_members = name.startswith(("updates/", "timings/client_"))
+        assert ("member" in spec.axes) == of_members
+        if name in plain and of_members:
+            assert plain[name].axes == ("round", "client")
+            assert spec == replace(plain[name], axes=("round", "member"))
+        elif name in plain:
+            assert spec == plain[name]
+
+
+def test_calibrations_are_each_update_s_own_where_local_steps_vary() -> None:
+    usual, varying = (
+        scenario_arrays(bias=True, weight=False, attacks=DECLARED, varying=varying)
+        for varying in (False, True)
+    )
+    assert usual.keys() == varying.keys()
+    changed = {name: spec.axes for name, spec in varying.items() if spec != usual[name]}
+    assert changed == {
+        "attacks/plus/calibration/impact": ("round", "client"),
+        "attacks/plus/calibration/offset": ("round", "client", "class"),
+        "attacks/random/calibration/seed": ("round", "client"),
+    }
+    for name, axes in changed.items():
+        assert (axes[0], *axes[2:]) == usual[name].axes
+
+
 def test_no_array_is_partly_scaled(tmp_path: Path) -> None:
     writer = make(tmp_path / "a.h5")
     writer.complete()
@@ -254,6 +292,12 @@ def test_attributes(tmp_path: Path) -> None:
         assert json.loads(shares["observes"]) == ["whole update"]
         assert json.loads(shares["assumes"]) == ["distinct labels"]
         assert json.loads(shares["broken_assumptions"]) == {"distinct labels": "8 labels"}
+        assert (shares["target"], shares["adapted"]) == ("accumulated", "llg")
+        assert json.loads(shares["adaptation"]) == ["noise: waits"]
+        assert (attack["target"], attack["adapted"]) == ("update", "")
+        assert json.loads(attack["adaptation"]) == []
+        assert json.loads(scenario["privacy"]) == {"epsilon": 1.5}
+        assert json.loads(file["scenarios/0001"].attrs["privacy"]) == {"epsilon": 1.5}
 
 
 def test_ranks(tmp_path: Path) -> None:
@@ -712,7 +756,7 @@ def test_xarray_opens_every_group_with_named_axes(tmp_path: Path) -> None:
             with xarray.open_dataset(path, engine="h5netcdf", group=group) as dataset:
                 inside = {name: spec for name, spec in header.arrays.items()
                           if name.rpartition("/")[0] == folder}  # fmt: skip
-                assert set(dataset.data_vars) == {name.rpartition("/")[2] for name in inside}
+                assert set(dataset.variables) == {name.rpartition("/")[2] for name in inside}
                 for name, spec in inside.items():
                     array = dataset[name.rpartition("/")[2]]
                     assert array.dims == spec.axes
