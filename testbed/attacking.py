@@ -52,7 +52,9 @@ def attack_entries(plan: ScenarioPlan, setup: ScenarioSetup) -> dict[str, Entry]
     """Return every attack that a scenario runs or would run, by label, in the order of tables.
 
     Beside each plain attack stands the adapted one, where some defence gives it something to do,
-    and, where a defence only delays or blurs what averages out, one on the sum over the rounds.
+    and, where a defence only delays or blurs what averages out, one on the sum over the rounds; not
+    of attacks that look at whole updates or statistics, nor of those that would simulate as many
+    local steps.
     """
     entries: dict[str, Entry] = {}
     defenses, layout = plan.defenses, setup.layout
@@ -69,7 +71,7 @@ def attack_entries(plan: ScenarioPlan, setup: ScenarioSetup) -> dict[str, Entry]
             )
             entries[label + ADAPTED] = Entry(adapted, label, False, sentences)
         whole = {Observed.UPDATE, Observed.STATISTICS} & attack.observes
-        if sums and attack.name not in _BASELINES and not whole:
+        if sums and attack.name not in _BASELINES and not whole and not attack.simulates:
             entries[label + ACCUMULATED] = Entry(adapted, label, True, sentences)
     return entries
 

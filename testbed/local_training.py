@@ -74,7 +74,9 @@ class LocalTraining:
         self._pipeline = pipeline
         self._optimizer = local_optimizer(federation)
         frozen = federation.batch_norm == "frozen"
-        self._still = [m for m in model.module.modules() if isinstance(m, Norm) and frozen]
+        modules = list(model.module.modules())
+        self._still = [one for one in modules if isinstance(one, Norm) and frozen]
+        self._moving = [one for one in modules if one not in self._still]
         self._on_gpu = samples.device.type == "cuda"
         split = model.layout.parameters
         # On the CPU a single step's gradient is made where it is shared from.
@@ -99,9 +101,7 @@ class LocalTraining:
         draws
             The streams of random numbers of this client in this round.
         """
-        self._model.module.train()
-        for norm in self._still:
-            norm.eval()
+        self._enter_training()
         parameters = self._model.state[: self._model.layout.parameters]
         host = torch.from_numpy(vector)
         total = self._total if self._on_gpu else host
@@ -128,6 +128,16 @@ class LocalTraining:
         if self._on_gpu:
             torch.cuda.current_stream().synchronize()
         return result
+
+    def _enter_training(self) -> None:
+        """Put the module into training mode, but for frozen statistics."""
+        # An evaluation or another scenario may have left another mode. To look is cheaper than to
+        # set it, which takes as long as a small model's layer.
+        if not all(one.training for one in self._moving):
+            self._model.module.train()
+        for norm in self._still:
+            if norm.training:
+                norm.eval()
 
     def _backward(
         self, batch: NDArray[np.int64], out: torch.Tensor, draws: Draws, step: int

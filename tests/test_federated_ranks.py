@@ -6,7 +6,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-import pytest
 from launching import (
     MPIRUN,
     assert_same_results,
@@ -94,7 +93,6 @@ def test_defended_training_is_bitwise_equal_for_any_number_of_ranks(tmp_path: Pa
         results={"observations": "full"},
         sweep=zipped(SCENARIOS),
     )
-    # Small enough for every rank to have it, and so that reductions are of several ranks' sums.
     alone = tmp_path / "alone.h5"
     done = run_testbed("run", experiment, "-o", alone)
     assert done.status == 0, done.err
@@ -147,7 +145,7 @@ if MPI.COMM_WORLD.rank == 0:
     np.save(sys.argv[1], moved)
 sys.exit(status)
 """
-# Has rank 1 claim less, or more, than it sends.
+# Has rank 1 claim more than it sends.
 LIAR = """
 import sys
 from testbed.transport import mpi
@@ -200,13 +198,12 @@ def test_bytes_in_the_file_are_those_that_mpi_moved(tmp_path: Path) -> None:
     assert (counted[15] > 2 * size).all()
 
 
-@pytest.mark.parametrize("lie", [-4, 4])
-def test_a_message_of_another_length_than_it_says_ends_the_run(tmp_path: Path, lie: int) -> None:
+def test_a_message_of_another_length_than_it_says_ends_the_run(tmp_path: Path) -> None:
     experiment = write_experiment(
         tmp_path / "e.yaml", defenses=[{"name": "top_k", "theta": 0.9}], attacks=["random"]
     )
     output = tmp_path / "r.h5"
-    arguments = (lie, "run", experiment, "-o", output)
+    arguments = (4, "run", experiment, "-o", output)
     done = with_script(tmp_path / "liar.py", LIAR, *arguments, ranks=2)
     assert done.status not in (0, 2)
     assert "an update of Task(scenario=0, round=0, client=0) says" in done.err

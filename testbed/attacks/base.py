@@ -478,6 +478,9 @@ class Attack(ABC):
         What it takes for granted. Where the scenario breaks it, the results say so.
     answers
         What it infers.
+    simulates
+        Whether its calibration simulates a client's local steps one by one, so that its cost grows
+        with their number.
     calibrated_by
         Knobs that decide what `calibrate` and `calibrate_updates` return: a stored calibration
         serves every attack of the name that agrees in them. All knobs by default.
@@ -496,6 +499,7 @@ class Attack(ABC):
     observes: ClassVar[frozenset[Observed]] = frozenset({Observed.ROW_SUMS})
     assumes: ClassVar[frozenset[Assumption]] = frozenset()
     answers: ClassVar[Answer] = Answer.COUNTS
+    simulates: ClassVar[bool] = False
     calibrated_by: ClassVar[tuple[str, ...] | None] = None
     calibration_arrays: ClassVar[CalibrationArrays] = {}
 

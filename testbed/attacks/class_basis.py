@@ -65,6 +65,7 @@ class ClassBasis(Attack):
     name: ClassVar[str] = "class_basis"
     title: ClassVar[str] = "Class basis"
     knowledge: ClassVar[Knowledge] = Knowledge.AUXILIARY
+    simulates: ClassVar[bool] = True
     source: ClassVar[str] = (
         "Ramakrishna and Dan, AISec 2022; Decaf, 2024 (arXiv 2405.15316); weights compressed here"
     )

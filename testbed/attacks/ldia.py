@@ -71,6 +71,7 @@ class LDIA(Attack):
     name: ClassVar[str] = "ldia"
     title: ClassVar[str] = "LDIA"
     knowledge: ClassVar[Knowledge] = Knowledge.AUXILIARY
+    simulates: ClassVar[bool] = True
     source: ClassVar[str] = "Gu and Bai, J. Inf. Secur. Appl. 2023; one round"
     observes: ClassVar = frozenset({Observed.BIAS_GRADIENT, Observed.WEIGHT_GRADIENT})
     answers: ClassVar = LabelDistribution.answer

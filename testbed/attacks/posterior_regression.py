@@ -55,6 +55,7 @@ class _Simulation:
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 0.5
 
     knowledge: ClassVar[Knowledge] = Knowledge.AUXILIARY
+    simulates: ClassVar[bool] = True
 
 
 @register
