@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from testbed.attacks import Assumption, Observed, attacks
+from testbed.attacks.adapted import ADAPTED_ARRAYS
 from testbed.attacks.assumptions import Facts, assumptions, broken_assumptions, not_applicable
 from testbed.data import DATASETS, describe
 from testbed.defenses import defenses
@@ -210,8 +211,7 @@ def _answers(plan: ScenarioPlan) -> dict[str, tuple[str, Calibrations]]:
     sums = not plan.fresh_model and any(one.accumulates for one in plan.defenses)
     for section in plan.scenario.attacks:
         attack = section.make()
-        own = {**attack.arrays(), "adapted_posterior": (("class",), "f8")}
-        own["adapted_batch_size"] = ((), "f8")
+        own = {**attack.arrays(), **ADAPTED_ARRAYS}
         found[section.label] = (attack.answers.value, attack.arrays())
         # As many as there may be: which attacks adapt is known when the model is.
         if adaptive:

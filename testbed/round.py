@@ -1,12 +1,12 @@
 """What the root keeps of one round, and how long its phases took."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from testbed.plan import ScenarioPlan
@@ -14,6 +14,10 @@ from testbed.results.schema import PHASES
 from testbed.update import Message, UpdateLayout
 
 _LARGEST = float(np.finfo(np.float32).max)
+# Fits a cache, and is short enough for a sum in single precision.
+_PART = 1 << 15
+# Below, squares in single precision have lost digits.
+_LEAST_SQUARE = 1e-30
 
 
 class Clock:
@@ -114,7 +118,8 @@ class Round:
 
     def observe(self, row: int, payload: NDArray[np.float32], layout: UpdateLayout) -> bool:
         """Copy out what is observed of an update; return whether all of it is finite."""
-        finite = is_finite(payload)
+        norm = norm_of(payload[: layout.parameters])
+        finite = math.isfinite(norm) and math.isfinite(norm_of(payload[layout.parameters :]))
         weight = layout.weight_gradient(payload)
         if finite:
             sums = weight.sum(axis=1, dtype=np.float64)
@@ -124,8 +129,7 @@ class Round:
         if not finite:
             return False
         self.row_sums[row] = sums
-        gradient = torch.from_numpy(payload[: layout.parameters])
-        self.norm[row] = float(torch.linalg.vector_norm(gradient))
+        self.norm[row] = min(norm, _LARGEST)
         bias = layout.bias_gradient(payload)
         if self.bias is not None and bias is not None:
             self.bias[row] = bias
@@ -156,9 +160,15 @@ class Round:
         }
 
 
-def is_finite(values: NDArray[np.float32]) -> bool:
-    """Return whether all values of a vector are."""
+def norm_of(values: NDArray[np.float32]) -> float:
+    """Return the Euclidean norm of a vector, float32 [n]; NaN where some value is not finite."""
     # The square of the norm is several times cheaper than a test of every element, and NaN and Inf
-    # survive it; where it is not finite, the update may also be one of large finite numbers.
-    flat = torch.from_numpy(values)
-    return bool(torch.isfinite(flat.dot(flat)) or torch.isfinite(flat).all())
+    # survive it; where it is not finite, the vector may also be one of large finite numbers.
+    with np.errstate(over="ignore", invalid="ignore"):
+        parts = (values[start : start + _PART] for start in range(0, len(values), _PART))
+        squared = sum(float(part.dot(part)) for part in parts)
+    if not _LEAST_SQUARE < squared < math.inf:
+        if not np.isfinite(values).all():
+            return math.nan
+        squared = float(np.square(values, dtype=np.float64).sum())
+    return math.sqrt(squared)

@@ -27,7 +27,12 @@ from testbed.attacks.base import (
     Observations,
     Observed,
 )
-from testbed.attacks.defended import DefendedAdversary, any_overrides, undo
+from testbed.attacks.defended import (
+    DefendedAdversary,
+    any_overrides,
+    changing_labels,
+    undo,
+)
 from testbed.attacks.rounding import largest_remainder
 from testbed.defenses.base import Defense, Known, Tensors
 
@@ -39,21 +44,22 @@ _BASELINES = frozenset({"random", "uniform", "prior", "oracle"})
 _SIMULATING = frozenset({"lmmse", "posterior_regression", "ldia", "batchnorm_joint"})
 # How many dummy inputs tell the mean posterior where there are no auxiliary samples.
 _DUMMIES = 32
-_POSTERIOR, _BATCH_SIZE = "adapted_posterior", "adapted_batch_size"
+# The calibration's arrays beside the wrapped attack's: a posterior, and batch size, mass, spread.
+_POSTERIOR, _NUMBERS = "adapted_posterior", "adapted_numbers"
+ADAPTED_ARRAYS: CalibrationArrays = {_POSTERIOR: (("class",), "f8"), _NUMBERS: ((3,), "f8")}
 
 
 def adapts(attack: Attack, defenses: Sequence[Defense]) -> bool:
     """Return whether an attacker who knows the defences does anything else with this attack.
 
-    Not with a baseline, nor where no defence has anything to undo, or to restore in answers of the
-    attack's kind. To imitate a defence is of use to those attacks alone that learn from simulated
-    gradients.
+    Not with a baseline, nor with an attack on BatchNorm statistics, which defences leave as they
+    are, nor where no defence has anything to undo, or to restore in answers of the attack's kind.
+    To imitate a defence is of use to those attacks alone that learn from simulated gradients.
     """
-    if attack.name in _BASELINES:
+    if attack.name in _BASELINES or attack.observes == {Observed.STATISTICS}:
         return False
-    gradients = bool(attack.observes - {Observed.STATISTICS})
     return (
-        (gradients and any_overrides(defenses, "undo"))
+        any_overrides(defenses, "undo")
         or (attack.name in _SIMULATING and any_overrides(defenses, "imitate"))
         or (attack.answers is not LabelPresence.answer and any_overrides(defenses, "restore"))
     )
@@ -109,8 +115,7 @@ class AdaptedAttack(Attack):
     @override
     def arrays(self) -> CalibrationArrays:
         """Declare the wrapped attack's arrays, and what undoing takes beside the observations."""
-        own: CalibrationArrays = {_POSTERIOR: (("class",), "f8"), _BATCH_SIZE: ((), "f8")}
-        return {**self.attack.arrays(), **own}
+        return {**self.attack.arrays(), **ADAPTED_ARRAYS}
 
     @override
     def calibrate(self, adversary: Adversary) -> Calibration:
@@ -118,7 +123,7 @@ class AdaptedAttack(Attack):
         return {
             **self.attack.calibrate(self._defended(adversary, known)),
             _POSTERIOR: known.posterior[None],
-            _BATCH_SIZE: np.array([float(known.batch_size)]),
+            _NUMBERS: np.array([[known.batch_size, known.mass, known.spread]]),
         }
 
     @override
@@ -130,9 +135,9 @@ class AdaptedAttack(Attack):
     @override
     def infer(self, observations: Observations, calibration: Calibration) -> Inferred:
         known = [
-            Known(np.asarray(posterior, np.float64), int(size), self.tensors)
-            for posterior, size in zip(
-                calibration[_POSTERIOR], calibration[_BATCH_SIZE], strict=True
+            Known(np.asarray(posterior, np.float64), int(size), self.tensors, mass, spread)
+            for posterior, (size, mass, spread) in zip(
+                calibration[_POSTERIOR], calibration[_NUMBERS], strict=True
             )
         ]
         # One calibration for all updates, or one for each.
@@ -148,21 +153,27 @@ class AdaptedAttack(Attack):
         return self._restored(self.attack.infer(undone, plain), observations.labels)
 
     def _known(self, adversary: Adversary) -> Known:
+        even = np.full(adversary.classes, 1 / adversary.classes)
+        nothing = Known(even, adversary.batch_size, self.tensors)
         if self.knowledge is Knowledge.AUXILIARY:
-            posterior = adversary.on_auxiliary().posterior
+            outputs = adversary.on_auxiliary()
         elif self.knowledge is Knowledge.MODEL:
-            posterior = adversary.on_dummy("random", _DUMMIES).posterior
+            outputs = adversary.on_dummy("random", _DUMMIES)
         else:
-            posterior = np.full((1, adversary.classes), 1 / adversary.classes)
-        mean = posterior.mean(axis=0)
-        # A diverged model's posterior says nothing.
-        if not np.isfinite(mean).all():
-            mean = np.full_like(mean, 1 / len(mean))
-        return Known(mean, adversary.batch_size, self.tensors)
+            return nothing
+        mean = outputs.posterior.mean(axis=0)
+        masses = outputs.features.sum(axis=1)
+        mass = float(masses.mean())
+        # A diverged model's outputs say nothing.
+        if not np.isfinite([*mean, mass]).all():
+            return nothing
+        if mass == 0:
+            return replace(nothing, posterior=mean)
+        return replace(nothing, posterior=mean, mass=mass, spread=float(masses.std() / abs(mass)))
 
     def _defended(self, adversary: Adversary, known: Known) -> Adversary:
         """Return an adversary whose simulated clients are defended; itself where none would be."""
-        if not any_overrides(self.defenses, "imitate"):
+        if not (any_overrides(self.defenses, "imitate") or changing_labels(self.defenses)):
             return adversary
         return cast("Adversary", DefendedAdversary(adversary, self, self.defenses, known))
 
@@ -172,6 +183,9 @@ class AdaptedAttack(Attack):
     def _restored(self, inferred: Inferred, labels: Array) -> Inferred:
         """Return the answer for the clients' own labels in place of those they trained on."""
         if isinstance(inferred, LabelPresence) or not any_overrides(self.defenses, "restore"):
+            return inferred
+        if self.name in _SIMULATING:
+            # It has learned the clients' own labels from clients that train on others.
             return inferred
         xp, where = array_namespace(inferred.values), device(inferred.values)
         totals = np.asarray(labels)

@@ -163,10 +163,13 @@ class GlobalModel:
         key = ("mixed", batch_size) if self._norms else "auxiliary"
         return self._cached(key, lambda: self._on_parts(parts), labels)
 
-    def simulate(self, batches: NDArray[np.int64]) -> Observations:
+    def simulate(
+        self, batches: NDArray[np.int64], targets: NDArray[np.float32] | None = None
+    ) -> Observations:
         """Observe simulated clients; see `testbed.attacks.Adversary`."""
         if not self._norms:
-            return simulate_head(self.on_auxiliary(), self.head(), batches, self.learning_rate)
+            outputs, head = self.on_auxiliary(), self.head()
+            return simulate_head(outputs, head, batches, self.learning_rate, targets)
         simulations, steps, size = batches.shape
         observed = _Collector(simulations, self.layout.classes, self.layout.features)
         statistics = np.empty((simulations, self.layout.buffers), np.float32)
@@ -174,13 +177,14 @@ class GlobalModel:
         for row, local in enumerate(batches):
             self._load(train_norms=True)
             w, b = head.weight.copy(), head.bias.copy()
-            for chosen in local:
+            for step, chosen in enumerate(local):
                 _, h = self._model.outputs([self._images(chosen)])
                 h = h[: len(chosen)]
                 logits = h @ w.T + b
                 posterior = torch.softmax(torch.from_numpy(logits), dim=1).numpy()
                 labels = self._auxiliary.labels[chosen]
-                dw, db = head_gradient(posterior[None], h[None], labels[None])
+                soft = None if targets is None else targets[row, step][None]
+                dw, db = head_gradient(posterior[None], h[None], labels[None], soft)
                 observed.add(row, dw[0], db[0])
                 w -= self.learning_rate * dw[0]
                 b -= self.learning_rate * db[0]

@@ -347,7 +347,9 @@ class Adversary(Protocol):
             float32 [P + S], of `Observations.update`.
         """
 
-    def simulate(self, batches: NDArray[np.int64]) -> Observations:
+    def simulate(
+        self, batches: NDArray[np.int64], targets: NDArray[np.float32] | None = None
+    ) -> Observations:
         """Observe what clients with the given auxiliary samples would send (`Knowledge.AUXILIARY`).
 
         Forward passes only: the last layer's gradients by their closed form, and the BatchNorm
@@ -360,6 +362,9 @@ class Adversary(Protocol):
             int64 [S, E, B]: for each of S simulated updates, and each of its E local steps,
             positions of auxiliary samples in the order of `on_auxiliary`. For several steps, the
             last layer alone moves from step to step.
+        targets
+            float32 [S, E, B, C], or None: the label distributions that the clients train on in
+            place of the samples' own labels.
 
         Returns
         -------

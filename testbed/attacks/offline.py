@@ -93,11 +93,13 @@ class ArrayAdversary:
         """Refuse: the model that a client ended with cannot be run."""
         self._lacks_model(Knowledge.MODEL, "to run that of a client after its training")
 
-    def simulate(self, batches: NDArray[np.int64]) -> Observations:
+    def simulate(
+        self, batches: NDArray[np.int64], targets: NDArray[np.float32] | None = None
+    ) -> Observations:
         """Observe simulated clients, by the last layer's closed form."""
         outputs = self.on_auxiliary()
         head = None if batches.shape[1] == 1 else self.head()
-        return simulate_head(outputs, head, batches, self.learning_rate)
+        return simulate_head(outputs, head, batches, self.learning_rate, targets)
 
     def local_update(self, batches: NDArray[np.int64]) -> NDArray[np.float32]:  # noqa: ARG002
         """Refuse: local training takes the model."""

@@ -25,6 +25,7 @@ from testbed.attacks.base import (
     Observations,
     Observed,
 )
+from testbed.attacks.defended import is_defended
 from testbed.attacks.label_priors import Prior, count_labels, share_variance
 from testbed.attacks.registry import register
 from testbed.attacks.regression_features import (
@@ -69,14 +70,15 @@ class LinearPosteriorRegression(_Simulation, Attack):
     with the least mean squared error is in closed form:
     ``1/C + v M^T (M Cov(s) M^T + mean_c Sigma_c / B)^-1 (x - M 1/C)``. The covariance is shrunk
     towards its diagonal (Ledoit and Wolf 2004). For several local steps, the last layer's change on
-    the way has no closed form, and the moments are fitted to simulated updates.
+    the way has no closed form, nor has what clients with defences send, and the moments are fitted
+    to simulated updates.
 
     Attributes
     ----------
     prior, alpha
         How labels are distributed; see `testbed.attacks.label_priors`.
     simulations
-        Simulated updates, for several local steps.
+        Simulated updates, for several local steps or clients with defences.
     """
 
     simulations: Annotated[int, Field(ge=10, le=100_000)] = 1000
@@ -95,7 +97,7 @@ class LinearPosteriorRegression(_Simulation, Attack):
     def calibrate(self, adversary: Adversary) -> Calibration:
         auxiliary = Auxiliary.of(adversary)
         classes, steps = adversary.classes, adversary.local_steps
-        if steps == 1:
+        if steps == 1 and not is_defended(adversary):
             center, means, within = _closed_form(auxiliary, adversary.batch_size)
         else:
             center, means, within = self._simulated(adversary, auxiliary)

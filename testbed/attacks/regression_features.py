@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed.attacks.base import Adversary, Array
+from testbed.attacks.defended import is_defended
 from testbed.attacks.label_priors import Prior, draw_label_batches
 
 Floats = NDArray[np.float64]
@@ -147,7 +148,7 @@ class Auxiliary:
         """
         classes, width = self.posterior.shape[1], self.features.shape[1]
         steps, size = chosen.shape[1:]
-        if steps > 1 or has_norms(adversary):
+        if steps > 1 or has_norms(adversary) or is_defended(adversary):
             for part in self.parts(chosen):
                 observed = adversary.simulate(part)
                 bias = np.asarray(observed.bias_gradient, np.float64) / steps

@@ -51,9 +51,11 @@ class RestrictedAdversary:
         later = self._with(Knowledge.MODEL).after(update)
         return RestrictedAdversary(later, self._knowledge, self.batch_size, self.seed)
 
-    def simulate(self, batches: NDArray[np.int64]) -> Observations:
+    def simulate(
+        self, batches: NDArray[np.int64], targets: NDArray[np.float32] | None = None
+    ) -> Observations:
         """Observe simulated clients."""
-        return self._with(Knowledge.AUXILIARY).simulate(batches)
+        return self._with(Knowledge.AUXILIARY).simulate(batches, targets)
 
     def local_update(self, batches: NDArray[np.int64]) -> NDArray[np.float32]:
         """Train as a client does, on auxiliary samples."""

@@ -15,7 +15,11 @@ Floats = NDArray[np.floating[Any]]
 
 
 def simulate_head(
-    outputs: Outputs, head: Head | None, batches: NDArray[np.int64], learning_rate: float
+    outputs: Outputs,
+    head: Head | None,
+    batches: NDArray[np.int64],
+    learning_rate: float,
+    targets: NDArray[np.float32] | None = None,
 ) -> Observations:
     """Observe updates of clients that hold the given samples.
 
@@ -30,6 +34,8 @@ def simulate_head(
         stay as they are; the last layer alone moves from step to step.
     learning_rate
         Of the local steps.
+    targets
+        float32 [S, E, B, C], or None: label distributions in place of the samples' own labels.
 
     Returns
     -------
@@ -47,7 +53,12 @@ def simulate_head(
     posterior, features = outputs.posterior, outputs.features
     if steps == 1:
         chosen = batches[:, 0]
-        weight, bias = head_gradient(posterior[chosen], features[chosen], outputs.labels[chosen])
+        weight, bias = head_gradient(
+            posterior[chosen],
+            features[chosen],
+            outputs.labels[chosen],
+            None if targets is None else targets[:, 0],
+        )
         return _observations(weight, bias, 1, size)
     if head is None:
         raise ValueError("simulating several local steps needs the last layer's weights")
@@ -58,7 +69,12 @@ def simulate_head(
         chosen = batches[:, step]
         h = features[chosen]
         logits = np.matmul(h, w.swapaxes(1, 2)) + b[:, None, :]
-        dw, db = head_gradient(softmax(logits), h, outputs.labels[chosen])
+        dw, db = head_gradient(
+            softmax(logits),
+            h,
+            outputs.labels[chosen],
+            None if targets is None else targets[:, step],
+        )
         weight += dw
         bias += db
         w -= learning_rate * dw
@@ -67,7 +83,10 @@ def simulate_head(
 
 
 def head_gradient(
-    posterior: NDArray[np.float64], features: NDArray[np.float64], labels: NDArray[np.int64]
+    posterior: NDArray[np.float64],
+    features: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    targets: NDArray[np.float32] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the last layer's gradients [S, C, D] and [S, C] of the mean cross entropy.
 
@@ -77,10 +96,15 @@ def head_gradient(
         float64 [S, B, C] and [S, B, D].
     labels
         int64 [S, B].
+    targets
+        float32 [S, B, C], or None: label distributions in place of the labels.
     """
-    residual = posterior.copy()
-    index = labels[..., None]
-    np.put_along_axis(residual, index, np.take_along_axis(residual, index, -1) - 1, -1)
+    if targets is None:
+        residual = posterior.copy()
+        index = labels[..., None]
+        np.put_along_axis(residual, index, np.take_along_axis(residual, index, -1) - 1, -1)
+    else:
+        residual = posterior - targets
     weight = np.matmul(residual.swapaxes(1, 2), features) / labels.shape[1]
     return weight, residual.mean(axis=1)
 

@@ -83,11 +83,16 @@ class Known:
         B, as far as the server knows.
     tensors
         Of the updates.
+    mass, spread
+        Mean, over the same inputs, of the sum of the last layer's features, and its standard
+        deviation as a part of the mean; 0 where the attacker has no model.
     """
 
     posterior: NDArray[np.float64]
     batch_size: int
     tensors: Tensors
+    mass: float = 0.0
+    spread: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,10 @@ _MIX = (
 )
 _LAST_SHIFT = np.uint64(31)
 
+# The responses' noise counts for as much more than it is on average. Measured: with 1, balanced
+# labels lose up to 0.04 of success at epsilon 1; with more, unbalanced ones gain less.
+_CAUTION = 1.3
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -168,10 +172,23 @@ class RandomisedResponse(LabelDefense):
 
     @override
     def restore(self, counts: Counts, labels: NDArray[np.int64]) -> Counts:
-        kept, other = self.probabilities(counts.shape[1])
+        """Scale the counts away from even ones: by up to 1/(p - q), the unbiased inverse.
+
+        By as much less as the responses' noise makes up more of what they differ by (as James and
+        Stein shrink a noisy mean), and never less than 1, the counts as they are.
+        """
+        classes = counts.shape[1]
+        kept, other = self.probabilities(classes)
         # p - q, without the loss of digits.
         difference = -np.expm1(-self.epsilon) * kept
-        restored: Counts = (counts - labels[:, None] * other) / difference
+        total = labels[:, None].astype(np.float64)
+        away = counts - total / classes
+        square = (away**2).sum(axis=1, keepdims=True)
+        noise = total * (kept * (1 - kept) + (classes - 1) * other * (1 - other))
+        signal = 1 - np.divide(
+            _CAUTION * noise, square, out=np.ones_like(square), where=square > _CAUTION * noise
+        )
+        restored: Counts = total / classes + away * np.maximum(signal / difference, 1)
         return restored
 
 

@@ -102,32 +102,72 @@ def unclipped(
 
     What has a norm below the bound was not clipped and is left alone; where the norm is not known,
     it counts as clipped. Else the factor is `testbed.defenses.scale.scale_estimate`: too large
-    where every class is present. Without a bias gradient, row sums stand in for it. They are the
-    bias gradient times the sum of the features, which the attacker does not know here and takes for
-    1: where it is larger, the factor is too small, and may be 1. Tensor by tensor, bias and weight
-    have a factor each, and what belongs to other layers stays as it is, as does the norm.
+    where every class is present. Without a bias gradient, row sums stand in for it, divided by the
+    mass of the features where the attacker knows it. Tensor by tensor, bias and weight have a
+    factor each (`tensor_factors`), and what belongs to other layers stays as it is, as does the
+    norm.
 
     Of several local steps whose gradients were clipped each, this judges the sum; the norm of
     clipped ones that do not oppose each other is above the bound.
     """
-    by_rows = replace(observations, bias_gradient=observations.row_sums)
     if scope == "update":
-        shown = by_rows if observations.bias_gradient is None else observations
+        shown = observations
+        if observations.bias_gradient is None:
+            shown = _by_rows(observations, known)
         factors = _factors(shown, observations.norm, known, bound)
         return scaled(observations, factors, known.tensors)
+    of_bias, of_weight = tensor_factors(observations, known, bound=bound)
+    return multiplied(observations, known.tensors, of_bias, of_weight)
+
+
+def tensor_factors(
+    observations: Observations, known: Known, *, bound: float, deviation: float = 0.0
+) -> tuple[Floats, Floats]:
+    """Return what clipping divided the last layer's bias and its weight by, float64 [N] each.
+
+    The bias as in `unclipped`; the weight so that its row sums are the bias gradient times the mass
+    of the features, where the attacker knows it, and else as in `unclipped` for itself.
+
+    Parameters
+    ----------
+    deviation
+        Standard deviation of noise that came on top, on each entry.
+    """
     weight, bias = weight_gradient(observations, known.tensors), bias_gradient(observations)
-    norm = observations.norm if weight is None else np.linalg.norm(weight, axis=(1, 2))
-    factors = _factors(by_rows, norm, known, bound)
-    if bias is not None:
-        own = _factors(observations, np.linalg.norm(bias, axis=1), known, bound)
-        bias = bias * own[:, None]
+    norm = observations.norm
+    if weight is not None:
+        square = (weight**2).sum(axis=(1, 2)) - deviation**2 * weight[0].size
+        norm = np.sqrt(np.maximum(square, 0))
+    of_weight = _factors(_by_rows(observations, known), norm, known, bound)
+    if bias is None:
+        return np.ones(len(of_weight)), of_weight
+    square = np.maximum((bias**2).sum(axis=1) - deviation**2 * bias.shape[1], 0)
+    of_bias = _factors(observations, np.sqrt(square), known, bound)
+    if known.mass:
+        rows = np.asarray(observations.row_sums, np.float64)
+        shared = (rows * bias).sum(axis=1) / known.mass
+        matched = np.divide(square * of_bias, shared, out=np.zeros_like(shared), where=shared > 0)
+        of_weight = np.where(matched > 0, np.maximum(matched, 1.0), of_weight)
+    return of_bias, of_weight
+
+
+def multiplied(
+    observations: Observations, tensors: Tensors, of_bias: Floats, of_weight: Floats
+) -> Observations:
+    """Return the observations with the last layer's gradients times a factor each, float64 [N]."""
+    weight, bias = weight_gradient(observations, tensors), bias_gradient(observations)
     return with_last_layer(
         observations,
-        known.tensors,
-        weight=None if weight is None else weight * factors[:, None, None],
-        bias=bias,
-        row_sums=np.asarray(observations.row_sums, np.float64) * factors[:, None],
+        tensors,
+        weight=None if weight is None else weight * of_weight[:, None, None],
+        bias=None if bias is None else bias * of_bias[:, None],
+        row_sums=np.asarray(observations.row_sums, np.float64) * of_weight[:, None],
     )
+
+
+def _by_rows(observations: Observations, known: Known) -> Observations:
+    rows = np.asarray(observations.row_sums, np.float64)
+    return replace(observations, bias_gradient=rows / known.mass if known.mass else rows)
 
 
 def imitated(

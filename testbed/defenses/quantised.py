@@ -12,12 +12,14 @@ from typing_extensions import override
 
 from testbed.attacks.base import Observations
 from testbed.defenses.base import Known, Levels, Quantiser, Tensors, Vector
-from testbed.defenses.observed import euclidean_norm, imitated
+from testbed.defenses.observed import bias_gradient, euclidean_norm, imitated, with_last_layer
 from testbed.defenses.registry import register
+from testbed.defenses.rows import balanced, merged, row_sums
 from testbed.defenses.scale import centred
 from testbed.encoding import decoded
 
-_CENTRES = "Projects the last layer onto gradients that sum to 0 over the classes"
+_CENTRES = "Projects the last layer's weight onto gradients that sum to 0 over the classes"
+_READS = "Reads the bias gradient from the row sums, in which rounding averages out"
 # Entries at a time: what is at work stays in the cache.
 _BLOCK = 1 << 16
 _LARGEST_FLOAT16 = np.float32(np.finfo(np.float16).max)
@@ -43,7 +45,7 @@ class _Stochastic(_Quantised):
     What is not finite makes its part NaN.
     """
 
-    adaptation: ClassVar[str] = f"{_CENTRES}, and adds up a client's updates over rounds."
+    adaptation: ClassVar[str] = f"{_READS}, and adds up a client's updates over rounds."
 
     @property
     @override
@@ -75,8 +77,26 @@ class _Stochastic(_Quantised):
 
     @override
     def undo(self, observations: Observations, known: Known) -> Observations:
-        """Project onto what sums to 0 over the classes, as gradients of a last layer do."""
-        return centred(observations, known.tensors)
+        """Balance the row sums, in which rounding averages out, and read the bias gradient there.
+
+        A level is no higher than the smallest entry that shows. Where the weight gradient shows,
+        all stays as it is: of what attacks make of it, an entry that is 0 is best left so.
+        """
+        if observations.weight_gradient is not None:
+            return observations
+        rows = balanced(row_sums(observations))
+        plain = with_last_layer(observations, known.tensors, row_sums=rows)
+        bias = bias_gradient(plain)
+        if bias is None:
+            return plain
+        if not known.mass:
+            bias = bias - bias.mean(axis=1, keepdims=True)
+            return with_last_layer(plain, known.tensors, bias=bias, row_sums=rows)
+        level = np.where(bias != 0, np.abs(bias), np.inf).min(axis=1, keepdims=True)
+        level = np.where(np.isfinite(level), level, 1.0)
+        beyond = np.minimum(np.abs(rows / known.mass), level / 2)
+        variance = beyond * (level - beyond)
+        return merged(plain, known, variance, variance * abs(known.mass))
 
 
 @register
@@ -151,8 +171,12 @@ class SignSGD(_Quantised):
 
     @override
     def undo(self, observations: Observations, known: Known) -> Observations:
-        """Project onto what sums to 0 over the classes, as gradients of a last layer do."""
-        return centred(observations, known.tensors)
+        """Project the weight gradient onto what sums to 0 over the classes; magnitudes are lost.
+
+        The bias gradient's few signs tell more as they are.
+        """
+        projected = centred(observations, known.tensors)
+        return with_last_layer(projected, known.tensors, bias=bias_gradient(observations))
 
 
 @register

@@ -12,7 +12,8 @@ from typing_extensions import override
 from testbed.attacks.base import Observations
 from testbed.defenses.base import Defense, Known, NonNegative, Positive, Stage, Tensors, Vector
 from testbed.defenses.registry import register
-from testbed.defenses.scale import centred, scale_estimate, scaled
+from testbed.defenses.rows import denoised
+from testbed.defenses.scale import scale_estimate, scaled
 
 Delta = Annotated[float, pydantic.Field(gt=0, lt=1)]
 
@@ -82,7 +83,8 @@ class DPSGD(Defense):
     @override
     def undo(self, observations: Observations, known: Known) -> Observations:
         if self.noise_multiplier:
-            observations = centred(observations, known.tensors)
+            std = self.noise_std(known.batch_size) * math.sqrt(observations.local_steps)
+            observations = denoised(observations, known, std)
         factors = scale_estimate(observations, known.posterior)
         return scaled(observations, factors, known.tensors)
 

@@ -11,6 +11,8 @@ from testbed.defenses.base import Tensors
 
 Floats = NDArray[np.floating[Any]]
 
+_ROUNDS = 10
+
 
 def scale_estimate(observations: Observations, posterior: NDArray[np.float64]) -> Floats:
     """Return by how much each gradient may have been shrunk, float64 [N], at least 1.
@@ -18,7 +20,9 @@ def scale_estimate(observations: Observations, posterior: NDArray[np.float64]) -
     The mean gradient ``b`` of the last layer's bias is ``pbar - lambda / N``, so that a positive
     entry is at most the mean posterior of its class, and equal to it where the class is absent.
     Of a shrunk gradient ``b / k`` the factor is therefore at most the smallest ``pbar_c / b_c``
-    over positive entries, and that is taken; as the attack ``scale_free`` does.
+    over positive entries, as the attack ``scale_free`` takes it. With a mean posterior that is not
+    quite the batch's, that is the one that errs most; the factor is then fitted to all classes that
+    it leaves less than half a label, until these are the same.
 
     Parameters
     ----------
@@ -33,7 +37,16 @@ def scale_estimate(observations: Observations, posterior: NDArray[np.float64]) -
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         ratio = np.where(bias > 0, posterior / bias, np.inf).min(axis=1)
     usable = np.isfinite(ratio) & np.isfinite(bias).all(axis=1)
-    return np.maximum(np.where(usable, ratio, 1.0), 1.0)
+    factors = np.maximum(np.where(usable, ratio, 1.0), 1.0)
+    half = 0.5 / np.maximum(np.asarray(observations.labels, np.float64), 1)[:, None]
+    bias = np.where(usable[:, None], bias, 0.0)
+    for _ in range(_ROUNDS):
+        absent = posterior - factors[:, None] * bias < half
+        square = (absent * bias**2).sum(axis=1)
+        product = (absent * posterior * bias).sum(axis=1)
+        fitted = np.divide(product, square, out=np.zeros_like(square), where=square > 0)
+        factors = np.maximum(factors, fitted)
+    return factors
 
 
 def scaled(observations: Observations, factors: Floats, tensors: Tensors) -> Observations:

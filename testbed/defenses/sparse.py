@@ -14,12 +14,12 @@ from testbed.attacks.base import Observations
 from testbed.defenses.base import Known, NonNegative, Share, Sparsifier, Tensors, Vector
 from testbed.defenses.observed import (
     bias_gradient,
-    filled,
     imitated,
     weight_gradient,
     with_last_layer,
 )
 from testbed.defenses.registry import register
+from testbed.defenses.rows import balanced, filled_from_rows, row_sums
 from testbed.defenses.scale import scaled
 
 Positions = NDArray[np.int64]
@@ -44,15 +44,23 @@ class _Sparse(Sparsifier):
 class _ByMagnitude(_Sparse):
     """Leaves out what is small, so that one update has nothing to be undone: it is of either sign.
 
-    What a column of the last layer lacks is known to sum up to the negative of what is there, but
-    to fill that in confuses attacks that compare weight and bias gradients more than it helps
-    others.
+    The bias gradient alone is made up of few entries, and what it lacks, the row sums tell.
     """
 
     adaptation: ClassVar[str] = (
-        "Learns from simulated updates that lack as much; with error feedback, adds up a client's "
-        "updates over rounds."
+        "Learns from simulated updates that lack as much, and reads what the bias gradient lacks "
+        "from the row sums; with error feedback, adds up a client's updates over rounds instead."
     )
+
+    @override
+    def undo(self, observations: Observations, known: Known) -> Observations:
+        """Fill in the bias gradient, unless what was left out before is in it too."""
+        bias = bias_gradient(observations)
+        if bias is None or self.error_feedback:
+            return observations
+        seen = observations.weight_gradient is not None
+        bias = filled_from_rows(bias, row_sums(observations), keep_empty=seen)
+        return with_last_layer(observations, known.tensors, bias=bias)
 
 
 @register
@@ -140,8 +148,8 @@ class _AtRandom(_Sparse):
     """Leaves entries out whatever they are."""
 
     adaptation: ClassVar[str] = (
-        "Fills in what the last layer lacks from its sums over the classes, which are 0; "
-        "or adds up a client's updates over rounds, and divides by the share that is sent."
+        "Divides by the share that is sent, reads what the bias gradient lacks from the row sums, "
+        "and adds up a client's updates over rounds."
     )
 
     @property
@@ -156,27 +164,27 @@ class _AtRandom(_Sparse):
 
     @override
     def undo(self, observations: Observations, known: Known) -> Observations:
-        """Fill in the last layer; where it is a sum over several draws, divide it by the share.
+        """Divide by the share that is sent, and fill in the bias gradient.
 
-        What is sent once is exact, and the identities tell what all that a column lacks comes to:
-        better than to divide by the share that is sent, which is right on average alone. A sum of
-        several updates, or of steps with a draw each, lacks less than one draw leaves out.
+        What is sent once is exact, and what the bias gradient lacks, the row sums tell: better than
+        to divide by the share, which is right on average alone. A sum of several updates, or of
+        steps with a draw each, lacks less than one draw leaves out.
         """
-        factors = np.full(len(observations.row_sums), 1 / self.factor)
-        bare = scaled(observations, factors, known.tensors)
-        weight, bias = weight_gradient(bare, known.tensors), bias_gradient(bare)
-        shown = bias[..., None] if weight is None and bias is not None else weight
-        if self.error_feedback or shown is None:
+        if self.error_feedback:
             return observations
-        expected = (self._expected(1, shown) + self._expected(2, shown)) / 2
-        once = (_kept(shown) < expected) | (observations.local_steps == 1)
-        whole = scaled(bare, np.where(once, 1.0, 1 / self.sent), known.tensors)
-        return with_last_layer(
-            whole,
-            known.tensors,
-            weight=_filled_where(once, weight_gradient(whole, known.tensors)),
-            bias=_filled_where(once, bias_gradient(whole)),
-        )
+        number = len(observations.row_sums)
+        bare = scaled(observations, np.full(number, 1 / self.factor), known.tensors)
+        whole = scaled(bare, np.full(number, 1 / self.sent), known.tensors)
+        seen = observations.weight_gradient is not None
+        rows = row_sums(whole) if seen else balanced(row_sums(whole))
+        weight, bias = weight_gradient(bare, known.tensors), bias_gradient(bare)
+        if bias is not None:
+            shown = bias[..., None] if weight is None else weight
+            expected = (self._expected(1, shown) + self._expected(2, shown)) / 2
+            once = (_kept(shown) < expected) | (observations.local_steps == 1)
+            exact = filled_from_rows(bias, rows, keep_empty=seen)
+            bias = np.where(once[:, None], exact, bias / self.sent)
+        return with_last_layer(whole, known.tensors, bias=bias, row_sums=rows)
 
     def _expected(self, draws: int, shown: NDArray[np.float64]) -> float:
         """Return what `_kept` is on average after that many draws."""
@@ -355,11 +363,3 @@ def _kept(gradient: NDArray[np.float64]) -> NDArray[np.float64]:
     columns = np.maximum(there.any(axis=1).sum(axis=1), 1)
     share: NDArray[np.float64] = there.sum(axis=(1, 2)) / (columns * there.shape[1])
     return share
-
-
-def _filled_where(
-    chosen: NDArray[np.bool_], gradient: NDArray[np.float64] | None
-) -> NDArray[np.float64] | None:
-    if gradient is None:
-        return None
-    return np.where(chosen.reshape(-1, *[1] * (gradient.ndim - 1)), filled(gradient), gradient)

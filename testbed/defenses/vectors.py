@@ -10,8 +10,15 @@ from typing_extensions import override
 
 from testbed.attacks.base import Observations
 from testbed.defenses.base import Known, Positive, Scope, Stage, Tensors, Vector, VectorDefense
-from testbed.defenses.observed import euclidean_norm, imitated, unclipped
+from testbed.defenses.observed import (
+    euclidean_norm,
+    imitated,
+    multiplied,
+    tensor_factors,
+    unclipped,
+)
 from testbed.defenses.registry import register
+from testbed.defenses.rows import denoised
 from testbed.defenses.scale import centred
 
 
@@ -89,8 +96,9 @@ class Noise(_OnVectors):
     source: ClassVar[str] = "Zhu et al., NeurIPS 2019"
     stage: ClassVar[Stage] = Stage.NOISE
     adaptation: ClassVar[str] = (
-        "Projects the last layer onto gradients that sum to 0 over the classes, "
-        "and adds up a client's updates over rounds."
+        "Projects the last layer onto gradients that sum to 0 over the classes, reads the bias "
+        "gradient from the row sums too, in which noise averages out, and adds up a client's "
+        "updates over rounds."
     )
 
     @property
@@ -111,8 +119,9 @@ class Noise(_OnVectors):
 
     @override
     def undo(self, observations: Observations, known: Known) -> Observations:
-        """Project onto what sums to 0 over the classes, as gradients of a last layer do."""
-        return centred(observations, known.tensors)
+        """Average the noise out as far as may be; see `testbed.defenses.rows.denoised`."""
+        draws = observations.local_steps if self.at == "step" else 1
+        return denoised(observations, known, self.sigma * math.sqrt(draws))
 
 
 @register
@@ -158,9 +167,15 @@ class PaperDP(_OnVectors):
 
     @override
     def undo(self, observations: Observations, known: Known) -> Observations:
-        """Project, then scale back up; noise adds to the norms that the bound is compared with."""
+        """Project, scale back up, and average the noise out as far as may be."""
+        draws = observations.local_steps if self.at == "step" else 1
+        deviation = self.sigma * math.sqrt(draws)
         plain = centred(observations, known.tensors)
-        return unclipped(plain, known, bound=self.bound, scope=self.scope)
+        if self.scope == "update":
+            return unclipped(plain, known, bound=self.bound, scope=self.scope)
+        of_bias, of_weight = tensor_factors(plain, known, bound=self.bound, deviation=deviation)
+        whole = multiplied(plain, known.tensors, of_bias, of_weight)
+        return denoised(whole, known, deviation * of_bias, deviation * of_weight)
 
 
 def _clip(vector: Vector, tensors: Tensors, bound: float, scope: Scope) -> None:

@@ -24,7 +24,17 @@ from testbed.attacks import (
 )
 from testbed.attacks.adapted import AdaptedAttack, adapts
 from testbed.attacks.defended import DefendedAdversary, is_defended
-from testbed.defenses import Defense, Stage, Targets, Tensors, make_defense
+from testbed.defenses import (
+    Defense,
+    LabelDefense,
+    Sparsifier,
+    Stage,
+    Targets,
+    Tensors,
+    VectorDefense,
+    make_defense,
+)
+from testbed.encoding import decoded
 
 BASELINES = ("random", "uniform", "prior", "oracle")
 
@@ -149,9 +159,22 @@ def sent(federation, observations, defense):
     """Observe the same clients when a defence is applied to their whole updates."""
     where, updates = tensors(federation), observations.update.copy()
     for row, vector in enumerate(updates):
-        defense.apply(vector[: where.size], where, np.random.default_rng([8, row]))
+        _apply(defense, vector[: where.size], where, np.random.default_rng([8, row]))
     norm = np.linalg.norm(updates[:, : where.size].astype(np.float64), axis=1)
     return replace(federation.observe(updates), norm=norm)
+
+
+def _apply(defense, vector, where, rng):
+    if isinstance(defense, VectorDefense):
+        defense.apply(vector, where, rng)
+    elif isinstance(defense, Sparsifier):
+        chosen = defense.select(vector, where, rng)
+        values = vector[chosen] * np.float32(defense.factor)
+        vector[:] = 0
+        vector[chosen] = values
+    else:
+        bounds = where.bounds(defense.scope)
+        vector[:] = decoded(defense.quantise(vector.copy(), bounds, rng), bounds)
 
 
 def each_success(counts, truth):
@@ -195,7 +218,8 @@ def test_baselines_do_not_adapt():
         ("llg", Rolled(), True),
         ("gradinversion_presence", Rolled(), False),
         ("batchnorm", Stretched(by=2.0), False),
-        ("batchnorm", Rolled(), True),
+        ("batchnorm", Rolled(), False),
+        ("batchnorm_joint", Rolled(), True),
     ],
 )
 def test_an_attack_adapts_where_a_defence_leaves_something_to_do(attack, defense, expected):
@@ -277,15 +301,23 @@ def test_a_stored_calibration_of_the_plain_attack_is_no_other():
 def test_asks_for_no_more_than_the_attack_declares(name, expected):
     federation = Federation(perceptron())
     attack = make_attack(name, {})
-    posterior = {
-        "alike": np.full((1, CLASSES), 1 / CLASSES),
-        "dummy": federation.model.on_dummy("random", 32).posterior,
-        "auxiliary": federation.model.on_auxiliary(8).posterior,
+    dummy, auxiliary = federation.model.on_dummy("random", 32), federation.model.on_auxiliary(8)
+    posterior, features = {
+        "alike": (np.full((1, CLASSES), 1 / CLASSES), None),
+        "dummy": (dummy.posterior, dummy.features),
+        "auxiliary": (auxiliary.posterior, auxiliary.features),
     }[expected]
     wrapped = adapted(attack, [Idle()], tensors(federation))
     calibration = federation.calibrate(wrapped, federation.draw(2)[0])
     np.testing.assert_allclose(calibration["adapted_posterior"][0], posterior.mean(axis=0))
-    assert calibration["adapted_batch_size"] == [8]
+    size, mass, spread = calibration["adapted_numbers"][0]
+    assert size == 8
+    if features is None:
+        assert mass == spread == 0
+    else:
+        masses = features.sum(axis=1)
+        assert mass == pytest.approx(masses.mean())
+        assert spread * mass == pytest.approx(masses.std())
 
 
 # Undoing
@@ -377,10 +409,10 @@ def test_each_update_may_have_a_calibration_of_its_own():
     wrapped = adapted(make_attack("aux_mean", {}), [Scaled()], tensors(federation))
     calibration = federation.calibrate(wrapped, observations)
     each = {name: np.repeat(values, 3, axis=0) for name, values in calibration.items()}
-    each["adapted_batch_size"] = np.array([8.0, 2.0, 4.0])
+    each["adapted_numbers"][:, 0] = 8.0, 2.0, 4.0
     found = infer(wrapped, observations, each)
     for row, size in enumerate((8.0, 2.0, 4.0)):
-        one = calibration | {"adapted_batch_size": np.array([size])}
+        one = calibration | {"adapted_numbers": np.array([[size, 0.0, 0.0]])}
         alone = infer(wrapped, observations.rows(slice(row, row + 1)), one)
         np.testing.assert_array_equal(found.scores[row], alone.scores[0])
 
@@ -499,6 +531,12 @@ def untrained():
     return Federation(perceptron(), batch_size=16)
 
 
+@pytest.fixture(scope="module")
+def wide():
+    """A model with as many features as errors of single entries average out over."""
+    return Federation(perceptron(width=200), batch_size=8)
+
+
 @pytest.mark.parametrize("bound", [0.01, 0.1])
 @pytest.mark.parametrize("name", ["llg_plus", "aux_mean", "aux_ls"])
 def test_what_clipping_takes_comes_back(untrained, name, bound):
@@ -511,6 +549,31 @@ def test_what_clipping_takes_comes_back(untrained, name, bound):
     found = success(untrained.run(wrapped, clipped).counts, counts)
     assert plain < clean - 0.3
     assert found > clean - 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "defense", "options"),
+    [
+        ("aux_mean", "noise", {"sigma": 0.1}),
+        ("aux_ls", "noise", {"sigma": 0.1}),
+        ("aux_mean", "terngrad", {}),
+        ("aux_ls", "qsgd", {"levels": 4}),
+        ("aux_mean", "random_k", {"theta": 0.5}),
+        ("aux_ls", "gradient_dropout", {"p": 0.5, "rescale": True}),
+        ("llg_plus", "random_k", {"theta": 0.5}),
+        ("llg_plus", "dp_paper", {"bound": 0.1, "sigma": 1e-3}),
+        ("llg_plus", "clip", {"bound": 0.1, "scope": "tensor"}),
+    ],
+)
+def test_what_is_done_to_entries_is_undone_by_the_row_sums(wide, name, defense, options):
+    observations, counts = wide.draw(60)
+    made, attack = make_defense(defense, options), make_attack(name, {})
+    defended = sent(wide, observations, made)
+    clean = each_success(wide.run(attack, observations).counts, counts)
+    plain = each_success(wide.run(attack, defended).counts, counts)
+    found = each_success(wide.run(adapted(attack, [made], tensors(wide)), defended).counts, counts)
+    assert interval(found - plain)[0] > 0
+    assert found.mean() - plain.mean() > 0.4 * (clean.mean() - plain.mean())
 
 
 def test_what_was_not_clipped_is_left_alone(untrained):
@@ -547,8 +610,9 @@ def test_randomised_responses_are_inverted_in_large_batches():
     assert interval(found - plain)[0] > 0.05
 
 
-def test_a_learned_attack_is_better_where_it_learns_from_noise():
-    federation = Federation(perceptron(nn.ReLU, 32), local_steps=2, batch_size=8, training=200)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_learned_attack_is_better_where_it_learns_from_noise(steps):
+    federation = Federation(perceptron(nn.ReLU, 32), local_steps=steps, batch_size=8, training=200)
     observations, counts = federation.draw(60)
     defense = make_defense("noise", {"sigma": 0.05})
     noisy = sent(federation, observations, defense)
@@ -557,3 +621,62 @@ def test_a_learned_attack_is_better_where_it_learns_from_noise():
     wrapped = adapted(attack, [defense], tensors(federation))
     found = each_success(federation.run(wrapped, noisy).counts, counts)
     assert interval(found - plain)[0] > 0
+
+
+# Labels that simulated clients train on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cycled(LabelDefense):
+    """Trains on the next class, and remembers which samples it was asked for."""
+
+    seen: list
+
+    def transform(self, targets, samples, _rng, _seed):
+        self.seen.append(samples)
+        return replace(targets, probabilities=np.roll(targets.probabilities, 1, axis=1))
+
+    def restore(self, _counts, _labels):
+        raise AssertionError("what was learned is not to be restored")
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_simulated_clients_train_on_the_labels_that_real_ones_do(norm, steps):
+    federation = Federation(perceptron(norm=norm), local_steps=steps)
+    attack, defense = make_attack("lmmse", {}), Cycled(seen=[])
+    wrapped = adapted(attack, [defense], tensors(federation))
+    adversary = federation.adversary(attack)
+    defended = DefendedAdversary(adversary, wrapped, [defense], wrapped._known(adversary))
+    batches = np.arange(3 * steps * 8).reshape(3, steps, 8)
+    found = defended.simulate(batches)
+    labels = federation.model.on_auxiliary(8).labels[batches]
+    one_hot = np.eye(CLASSES, dtype=np.float32)
+    own = adversary.simulate(batches, one_hot[labels])
+    plain = adversary.simulate(batches)
+    np.testing.assert_allclose(own.bias_gradient, plain.bias_gradient, atol=1e-6)
+    expected = adversary.simulate(batches, one_hot[(labels + 1) % CLASSES])
+    np.testing.assert_allclose(found.bias_gradient, expected.bias_gradient, atol=1e-6)
+    assert np.abs(found.bias_gradient - plain.bias_gradient).max() > 0.05
+    # What clients remember of a sample is drawn anew for every simulated one.
+    assert len(np.unique(np.concatenate(defense.seen))) == batches.size
+
+
+def test_what_an_attack_has_learned_is_not_restored():
+    federation = Federation(perceptron(), batch_size=16)
+    attack, defense = make_attack("lmmse", {}), Cycled(seen=[])
+    observations, counts = trained_on(federation, private_batches(federation, 30, 16), defense)
+    wrapped = adapted(attack, [defense], tensors(federation))
+    assert success(federation.run(attack, observations).counts, counts) < 0.5
+    assert success(federation.run(wrapped, observations).counts, counts) > 0.9
+
+
+def test_a_trained_model_tells_the_labels_behind_randomised_responses():
+    federation = Federation(perceptron(nn.ReLU, 64), batch_size=32, training=1500)
+    defense = make_defense("randomised_response", {"epsilon": 1.0})
+    observations, counts = trained_on(federation, private_batches(federation, 40, 32), defense)
+    attack = make_attack("posterior_regression", {"simulations": 1000, "steps": 500})
+    plain = each_success(federation.run(attack, observations).counts, counts)
+    wrapped = adapted(attack, [defense], tensors(federation))
+    found = each_success(federation.run(wrapped, observations).counts, counts)
+    assert interval(found - plain)[0] > 0.2
