@@ -96,7 +96,7 @@ def load(*paths: str | Path) -> "pd.DataFrame":
             for scenario in results.scenarios:
                 swept.update(dict.fromkeys(scenario.swept))
                 defended.append(scenario.parameters.get(DEFENSES))
-                before = {"file": str(path), "scenario": scenario.index}
+                before = {"file": str(path), "scenario": scenario.number}
                 for block in scenario.blocks():
                     for label, columns in score_rounds(scenario, *block):
                         after = _describe(label, scenario.attacks[label])

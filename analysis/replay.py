@@ -224,7 +224,7 @@ class _Scenario:
         from testbed.seeds import Purpose, seed64
 
         scenario, steps = self._stored.scenario, observations.local_steps
-        key = (scenario.index, number, zlib.crc32(one.label.encode()))
+        key = (scenario.number, number, zlib.crc32(one.label.encode()))
         adversary = ArrayAdversary(
             one.attack.knowledge,
             scenario.classes,
@@ -350,6 +350,7 @@ class _Scenario:
         entries = [entry for entry in listed if _label(entry) in kept]
         lengths = {"feature": stored.facts.features, **stored.lengths}
         return ScenarioHeader(
+            number=scenario.number,
             swept=scenario.swept,
             parameters={
                 **scenario.parameters,

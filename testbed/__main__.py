@@ -57,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("-o", "--output", type=Path, required=True, help="results file (HDF5)")
     run.add_argument("--overwrite", action="store_true", help="replace an existing results file")
     run.add_argument(
+        "--share",
+        type=_share,
+        default=(0, 1),
+        metavar="I/N",
+        help="run every N-th scenario of the sweep from number I on (default: all, 0/1)",
+    )
+    run.add_argument(
         "--progress",
         choices=("auto", "live", "log", "none"),
         default="auto",
@@ -84,6 +91,13 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _share(text: str) -> tuple[int, int]:
+    first, slash, last = text.partition("/")
+    if not (slash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected I/N with 0 <= I < N, as in 0/4")
+    return int(first), int(last)
+
+
 def _run(options: argparse.Namespace) -> int:
     from testbed.run import RunOptions, run
     from testbed.transport.environment import connect
@@ -98,6 +112,7 @@ def _run(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
             progress=options.progress,
             profile=options.profile,
+            share=options.share,
         ),
     )
 

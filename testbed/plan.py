@@ -52,12 +52,27 @@ class ScenarioPlan:
     """The rounds of one scenario.
 
     A worker is a rank that computes for clients; workers are numbered from 0.
+
+    Attributes
+    ----------
+    index
+        Its number in the sweep, on which its draws depend.
+    swept, scenario, observations
+        Of the experiment.
+    place
+        Its number in this run, which may do a share of the scenarios; as in the sweep by default.
     """
 
     index: int
     swept: Mapping[str, Any]
     scenario: Scenario
     observations: str
+    place: int | None = None
+
+    @property
+    def position(self) -> int:
+        """Its number in this run's results file."""
+        return self.index if self.place is None else self.place
 
     @property
     def rounds(self) -> int:
@@ -256,9 +271,22 @@ def _participants(
     return Participants(identities, arriving)
 
 
-def make_plan(resolved: ResolvedExperiment) -> Sequence[ScenarioPlan]:
-    """Return the plan of every scenario, in the order of the sweep."""
+def make_plan(
+    resolved: ResolvedExperiment, share: tuple[int, int] = (0, 1)
+) -> Sequence[ScenarioPlan]:
+    """Return the plan of every scenario, in the order of the sweep.
+
+    Parameters
+    ----------
+    resolved
+        The experiment.
+    share
+        (i, n): every n-th scenario from number i on, for one of n runs that share an experiment.
+        Each scenario's draws are those of a run that does them all.
+    """
+    observations = resolved.experiment.results.observations
+    chosen = list(enumerate(resolved.points))[share[0] :: share[1]]
     return [
-        ScenarioPlan(index, point.swept, point.scenario, resolved.experiment.results.observations)
-        for index, point in enumerate(resolved.points)
+        ScenarioPlan(index, point.swept, point.scenario, observations, place)
+        for place, (index, point) in enumerate(chosen)
     ]

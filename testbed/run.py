@@ -45,6 +45,8 @@ class RunOptions:
         Whether it may be replaced.
     progress
         ``auto``, ``live``, ``log`` or ``none``; see `testbed.progress`.
+    share
+        (i, n): which of n shares of the scenarios to run; see `testbed.plan.make_plan`.
     """
 
     experiment: Path
@@ -53,6 +55,7 @@ class RunOptions:
     overwrite: bool
     progress: str
     profile: str | None = None
+    share: tuple[int, int] = (0, 1)
 
 
 def run(transport: Transport, options: RunOptions) -> int:
@@ -77,6 +80,11 @@ def _read(transport: Transport, options: RunOptions) -> str:
         check_output(options.output, overwrite=options.overwrite)
         resolved = load_experiment(options.experiment, options.overrides, options.profile)
         resolved.require_data()
+        if options.share[0] >= len(resolved.points):
+            raise UserError(
+                f"--share {options.share[0]}/{options.share[1]}: the experiment has only "
+                f"{len(resolved.points)} scenarios: there is none in this share"
+            )
         text = resolved.to_yaml()
     try:
         import torch  # noqa: F401 - takes seconds, on all ranks at once
@@ -101,7 +109,7 @@ class _Run:
         self._options = options
         self._resolved = resolved
         self._position = position
-        self._plans = make_plan(resolved)
+        self._plans = make_plan(resolved, options.share)
 
     def execute(self) -> None:
         """Set up, run all scenarios, and give the file its name."""
@@ -166,7 +174,10 @@ class _Run:
         transport, experiment = self._transport, self._resolved.experiment
         writer = ResultsWriter(
             self._options.output,
-            attributes=provenance(experiment.title, self._resolved.to_yaml(), transport.library),
+            attributes={
+                **provenance(experiment.title, self._resolved.to_yaml(), transport.library),
+                "share": "{}/{}".format(*self._options.share),
+            },
             ranks=ranks,
             scenarios=headers,
             overwrite=self._options.overwrite,
@@ -270,6 +281,7 @@ def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:
         },
     )
     return ScenarioHeader(
+        number=plan.index,
         swept=plan.swept,
         parameters={
             **_flatten(plan.scenario.model_dump(mode="json")),

@@ -114,7 +114,7 @@ class ScenarioServer:
             rows |= self._evaluate(number, record)
             record.clock.seconds["write"] = written
             started = time.perf_counter()
-            self._writer.append(self._plan.index, number, rows | record.measured())
+            self._writer.append(self._plan.position, number, rows | record.measured())
             # What was observed is not to be held while the next round's updates come in.
             del record, rows
             written = time.perf_counter() - started

@@ -387,7 +387,7 @@ def test_baselines_and_undefended_scenarios_have_no_adapted_attacks(tmp_path: Pa
 @pytest.mark.parametrize("kind", ["shared", "iid", "dirichlet_classes"])
 def test_budget_is_that_of_the_sample_that_is_used_most(tmp_path: Path, kind: str) -> None:
     dp = {"name": "dp_sgd", "bound": 1.0, "noise_multiplier": 1.5, "delta": 1e-4}
-    federation = {**FEDAVG, "clients": 2, "population": 3, "rounds": 6, "batch_size": 4}
+    federation = {**FEDAVG, "clients": 2, "population": 5, "rounds": 6, "batch_size": 4}
     partition: dict[str, Any] = {"kind": kind}
     if kind == "dirichlet_classes":
         partition["alpha"] = 1.0
@@ -409,6 +409,7 @@ def test_budget_is_that_of_the_sample_that_is_used_most(tmp_path: Path, kind: st
         times = np.bincount(
             [i for number in range(6) for i in run.plan.participants(number).identities]
         ).max()
+        assert 1 < times < 6
         rate = federation["batch_size"] / sizes.min()
         each = -(-sizes.max() // 100) if kind == "dirichlet_classes" else 3
         steps = int(each * times)

@@ -1,11 +1,13 @@
 """What the README shows is what the program does."""
 
 import re
+import shlex
 from pathlib import Path
 
 from launching import run_testbed, write_experiment
 
 from analysis import load
+from analysis.tradeoff import tradeoff
 
 README = Path("README.md").read_text()
 
@@ -34,3 +36,25 @@ def test_every_command_and_link_of_the_readme_exists():
         assert Path(target).exists(), target
     for experiment in re.findall(r"launch/experiments/\S+\.yaml", README):
         assert Path(experiment).exists()
+
+
+def test_every_experiment_is_in_the_table():
+    listed = re.findall(r"^\| `(\w+\.yaml)` \|", README, re.MULTILINE)
+    there = {path.name for path in Path("launch/experiments").glob("*.yaml")}
+    assert set(listed) == there
+    assert len(listed) == len(there)
+
+
+def test_the_training_with_defences_trains_and_weighs_leakage_against_bytes(tmp_path):
+    (line,) = re.findall(r"^    python -m testbed (run .*?[^\\])\n    python", README, re.M | re.S)
+    words = shlex.split(line.replace("\\\n", " "))
+    words[words.index("-o") + 1] = str(tmp_path / "defences.h5")
+    done = run_testbed(*words)
+    assert done.status == 0, done.err
+    table = tradeoff(load(tmp_path / "defences.h5"))
+    plain = table[table.kind == "plain"].set_index(["distribution", "defenses"])
+    assert {"none", "top_k(0.99)", "signsgd", "secure_aggregation"} == set(plain.index.levels[1])
+    assert (plain["mean"] > plain["uniform"]).all()
+    bytes_sent = plain["bytes"].groupby("defenses").first()
+    assert bytes_sent["top_k(0.99)"] < bytes_sent["signsgd"] < bytes_sent["none"]
+    assert plain["accuracy"].notna().all()

@@ -100,7 +100,10 @@ class Scenario:
     Attributes
     ----------
     index
-        Its number in the order of the sweep.
+        Its number in the file.
+    number
+        Its number in the order of the sweep: another one where the run did a share of the
+        scenarios.
     parameters, swept
         All dotted keys of the scenario and their values, and those that the sweep set.
     rounds, clients, classes
@@ -123,6 +126,7 @@ class Scenario:
         self.committed = 0
         self.parameters: dict[str, Any] = json.loads(group.attrs["parameters"])
         self.swept: dict[str, Any] = json.loads(group.attrs["swept"])
+        self.number = int(group.attrs.get("number", index))
         self.rounds = len(group["round"])
         self.clients = len(group["client"])
         self.classes = len(group["class"])

@@ -63,6 +63,7 @@ class ScenarioHeader:
     arrays: Mapping[str, ArraySpec]
     attacks: Mapping[str, AttackHeader]
     privacy: Mapping[str, Any] = field(default_factory=dict)
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,9 @@ class ResultsWriter:
 
         _encode(root.create_group("scenarios"), "scenarios")
         for index, header in enumerate(self._scenarios):
-            self._declare_scenario(root.create_group(_scenario_name(index)), header)
+            group = root.create_group(_scenario_name(index))
+            group.attrs["number"] = index if header.number is None else header.number
+            self._declare_scenario(group, header)
 
     @staticmethod
     def _declare_scenario(group: h5py.Group, header: ScenarioHeader) -> None:

@@ -38,6 +38,11 @@ def write_femnist(root: Path) -> None:
         write_leaf(root / split / "all_data_0.json", leaf_content({"u": [1, 2], "v": [3]}))
 
 
+def write_both(root: Path) -> None:
+    write_emnist(root, "balanced", 47)
+    write_emnist(root, "byclass", 62)
+
+
 def write_images(root: Path) -> None:
     for name in ("a", "b"):
         write_picture(root / name / "1.png", np.zeros((4, 4), np.uint8))
@@ -52,17 +57,12 @@ def write_packed(path: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {
-    "emnist": lambda root: [
-        write_emnist(root, "balanced", 47),
-        write_emnist(root, "byclass", 62),
-    ],
+    "emnist": write_both,
     "femnist": write_femnist,
     "svhn": write_svhn,
     "cifar10": write_cifar10,
     "cifar100": write_cifar,
-    "celeba": lambda root: write_celeba(
-        root, [[f"{hair}"] for hair in ("Bald", "Black_Hair", "Blond_Hair")]
-    ),
+    "celeba": lambda root: write_celeba(root, [["Bald"], ["Black_Hair"], ["Blond_Hair"]]),
     "images": write_images,
     "npz": write_npz,
     "packed": write_packed,
