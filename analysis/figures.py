@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.defenses import NONE
 from analysis.load import DEFENSES, STANDARD, load_attacked
 from analysis.scenarios import choose_attacks, merge_seeds
+from testbed.defenses.described import NONE
 from testbed.errors import UserError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.defenses import defense_key, defense_labels
 from analysis.score import ACCUMULATED, baseline_columns, score_rounds
+from testbed.defenses.described import defense_key, defense_labels
 from testbed.errors import UserError
 
 # h5py and pandas are imported where they are used: `analysis --help` needs neither.
@@ -57,7 +57,7 @@ def load(*paths: str | Path) -> "pd.DataFrame":
         Columns, in this order: ``file``, ``scenario``; ``dataset``, ``distribution``, ``model``,
         ``batch_size`` and every other swept key under its last part, or in full where that would
         be ambiguous; ``defenses`` (where a scenario has some) in short, as
-        `analysis.defenses.defense_labels` has them; ``round``, ``client``, ``identity`` (of the
+        `testbed.defenses.described.defense_labels` has them; ``round``, ``client``, ``identity`` (of the
         client in the population; -1 for a cohort); ``attack`` (its label), ``title``,
         ``knowledge``, ``answers`` (``counts``, ``presence`` or ``distribution``), ``target``
         (``update``, or ``accumulated``: scored against the labels of all updates of the client so

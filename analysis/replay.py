@@ -224,7 +224,7 @@ class _Scenario:
         from testbed.seeds import Purpose, seed64
 
         scenario, steps = self._stored.scenario, observations.local_steps
-        key = (scenario.number, number, zlib.crc32(one.label.encode()))
+        key = (scenario.draws, number, zlib.crc32(one.label.encode()))
         adversary = ArrayAdversary(
             one.attack.knowledge,
             scenario.classes,
@@ -351,6 +351,7 @@ class _Scenario:
         lengths = {"feature": stored.facts.features, **stored.lengths}
         return ScenarioHeader(
             number=scenario.number,
+            draws=scenario.draws,
             swept=scenario.swept,
             parameters={
                 **scenario.parameters,

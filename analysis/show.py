@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.defenses import NONE, defense_label, named
 from analysis.load import DEFENSES
 from analysis.score import ACCUMULATED
+from testbed.defenses.described import NONE, defense_label, named
 
 if TYPE_CHECKING:
     from testbed.results.reader import Rank, Results, Scenario

@@ -178,7 +178,7 @@ class RoundAttacks:
         labels = np.full(plan.observed, -1, np.int32)
         labels[seen] = believed[seen]
         answers = _Answers(plan.observed, {"observations/labels": labels})
-        self._adversary.enter(sent, plan.scenario.seed, (plan.index, number))
+        self._adversary.enter(sent, plan.scenario.seed, (plan.draws, number))
         groups = _by_steps(record, seen, believed)
         later: Sequence[Observations] = []
         if self._accumulated is not None:
@@ -212,7 +212,7 @@ class RoundAttacks:
         started = time.perf_counter()
         observations = whole.restricted(attack)
         name = zlib.crc32(label.encode())
-        seed = seed64(self._plan.scenario.seed, Purpose.ATTACK, self._plan.index, number, name)
+        seed = seed64(self._plan.scenario.seed, Purpose.ATTACK, self._plan.draws, number, name)
         # A calibration serves all updates of a round: where the sizes differ, that of the middle.
         batch_size = max(1, round(float(np.median(observations.labels)) / observations.local_steps))
         adversary = RestrictedAdversary(self._adversary, attack.knowledge, batch_size, seed)

@@ -50,7 +50,7 @@ def describe_experiment(resolved: ResolvedExperiment) -> str:
         f"results file  {total}",
         f"compute       device={compute.device}, threads={compute.threads} per rank",
         "",
-        "labels: that one update gives away; update: its length on the wire; size: of the "
+        "labels: that one update gives away; update: its length before defences; size: of the "
         "scenario's arrays",
         *_notes(plans),
     ]
@@ -171,7 +171,8 @@ def _update_bytes(plan: ScenarioPlan) -> int | None:
     if info is None or classes is None or shape is None:
         return None
     check_input(info, shape, classes)
-    return 4 * (info.parameters(shape, classes) + info.buffers)
+    shared = info.buffers if plan.scenario.federation.shares_statistics else 0
+    return 4 * (info.parameters(shape, classes) + shared)
 
 
 def _results_bytes(plan: ScenarioPlan) -> int | None:

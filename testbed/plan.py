@@ -56,11 +56,15 @@ class ScenarioPlan:
     Attributes
     ----------
     index
-        Its number in the sweep, on which its draws depend.
+        Its number in the sweep.
     swept, scenario, observations
         Of the experiment.
     place
         Its number in this run, which may do a share of the scenarios; as in the sweep by default.
+    twin
+        The number on which its draws depend: that of the first scenario that differs in defences
+        alone. These draw the same models, clients and batches, so that what differs between them
+        is what the defences did. Its own by default.
     """
 
     index: int
@@ -68,6 +72,12 @@ class ScenarioPlan:
     scenario: Scenario
     observations: str
     place: int | None = None
+    twin: int | None = None
+
+    @property
+    def draws(self) -> int:
+        """The number that stands for the scenario in the keys of `testbed.seeds`."""
+        return self.index if self.twin is None else self.twin
 
     @property
     def position(self) -> int:
@@ -118,7 +128,7 @@ class ScenarioPlan:
         federation = self.scenario.federation
         return _participants(
             self.scenario.seed,
-            self.index,
+            self.draws,
             round_,
             self.clients,
             self.population,
@@ -164,7 +174,7 @@ class ScenarioPlan:
     def initial_key(self, round_: int) -> tuple[int, ...]:
         """Return what a round's initial model depends on, for `testbed.seeds`."""
         # Scenarios that attack stages of one training begin with the same models.
-        return (self.index, round_) if self.pretraining_steps is None else (round_,)
+        return (self.draws, round_) if self.pretraining_steps is None else (round_,)
 
     def is_attacked(self, round_: int) -> bool:
         """Return whether the updates of this round are attacked."""
@@ -251,8 +261,8 @@ class ScenarioPlan:
         with the client in training; where every round is a repetition, its client is a new one.
         """
         if purpose is Purpose.SKEW and not self.fresh_model:
-            return (task.scenario, self.participants(task.round).identities[task.client])
-        return (task.scenario, task.round, task.client)
+            return (self.draws, self.participants(task.round).identities[task.client])
+        return (self.draws, task.round, task.client)
 
 
 # Of one round many tasks ask in a row.
@@ -285,8 +295,15 @@ def make_plan(
         Each scenario's draws are those of a run that does them all.
     """
     observations = resolved.experiment.results.observations
+    first: dict[str, int] = {}
+    twins = [
+        first.setdefault(
+            point.scenario.model_copy(update={"defenses": []}).model_dump_json(), index
+        )
+        for index, point in enumerate(resolved.points)
+    ]
     chosen = list(enumerate(resolved.points))[share[0] :: share[1]]
     return [
-        ScenarioPlan(index, point.swept, point.scenario, observations, place)
+        ScenarioPlan(index, point.swept, point.scenario, observations, place, twins[index])
         for place, (index, point) in enumerate(chosen)
     ]

@@ -282,6 +282,7 @@ def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:
     )
     return ScenarioHeader(
         number=plan.index,
+        draws=plan.draws,
         swept=plan.swept,
         parameters={
             **_flatten(plan.scenario.model_dump(mode="json")),

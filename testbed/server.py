@@ -236,7 +236,7 @@ class ScenarioServer:
             return {"rounds/accuracy": personal.mean()}
         with record.clock.phase("evaluate"):
             seed = self._plan.scenario.seed
-            self._adversary.enter(self._slot(number), seed, (self._plan.index, number))
+            self._adversary.enter(self._slot(number), seed, (self._plan.draws, number))
             accuracy = self._adversary.accuracy(
                 self._setup.samples,
                 self._setup.parts.test,

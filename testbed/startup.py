@@ -314,7 +314,7 @@ def lowest_feature(plan: ScenarioPlan, setup: ScenarioSetup) -> float:
     state = torch.empty(setup.layout.size)
     setup.initialise(state, plan.initial_key(0))
     model = GlobalModel(setup.model, none, setup.samples.shape)
-    model.enter(state.numpy(), plan.scenario.seed, (plan.index, 0))
+    model.enter(state.numpy(), plan.scenario.seed, (plan.draws, 0))
     return model.lowest_feature()
 
 

@@ -93,7 +93,7 @@ class ClientSum(_Sum):
             return 0
         scenario = self._plan.scenario
         seeds = [
-            seed64(scenario.seed, Purpose.SECRETS, self._plan.index, task.round, client)
+            seed64(scenario.seed, Purpose.SECRETS, self._plan.draws, task.round, client)
             for client in range(self._plan.clients)
         ]
         used = self._padded(round_)

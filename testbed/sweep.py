@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from testbed.defenses.described import defense_label
 from testbed.errors import UserError
 
 _MAX_POINTS = 100_000
@@ -204,7 +205,10 @@ def expand(
 
 def describe(swept: Mapping[str, Any]) -> str:
     """Return swept values as one line of text."""
-    return ", ".join(f"{key}={value}" for key, value in swept.items())
+    shown = {
+        key: defense_label(value) if key == "defenses" else value for key, value in swept.items()
+    }
+    return ", ".join(f"{key}={value}" for key, value in shown.items())
 
 
 def _is_within(key: str, outer: str) -> bool:

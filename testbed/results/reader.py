@@ -104,6 +104,9 @@ class Scenario:
     number
         Its number in the order of the sweep: another one where the run did a share of the
         scenarios.
+    draws
+        The number in the keys of its random streams: of the first scenario that differs in defences
+        alone.
     parameters, swept
         All dotted keys of the scenario and their values, and those that the sweep set.
     rounds, clients, classes
@@ -127,6 +130,7 @@ class Scenario:
         self.parameters: dict[str, Any] = json.loads(group.attrs["parameters"])
         self.swept: dict[str, Any] = json.loads(group.attrs["swept"])
         self.number = int(group.attrs.get("number", index))
+        self.draws = int(group.attrs.get("draws", self.number))
         self.rounds = len(group["round"])
         self.clients = len(group["client"])
         self.classes = len(group["class"])

@@ -64,6 +64,7 @@ class ScenarioHeader:
     attacks: Mapping[str, AttackHeader]
     privacy: Mapping[str, Any] = field(default_factory=dict)
     number: int | None = None
+    draws: int | None = None
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,9 @@ class ResultsWriter:
         _encode(root.create_group("scenarios"), "scenarios")
         for index, header in enumerate(self._scenarios):
             group = root.create_group(_scenario_name(index))
-            group.attrs["number"] = index if header.number is None else header.number
+            number = index if header.number is None else header.number
+            group.attrs["number"] = number
+            group.attrs["draws"] = number if header.draws is None else header.draws
             self._declare_scenario(group, header)
 
     @staticmethod

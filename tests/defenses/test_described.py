@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.defenses import defense_key, defense_label, defense_labels
+from testbed.defenses.described import defense_key, defense_label, defense_labels
 
 
 @pytest.mark.parametrize(
