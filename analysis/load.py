@@ -57,8 +57,8 @@ def load(*paths: str | Path) -> "pd.DataFrame":
         Columns, in this order: ``file``, ``scenario``; ``dataset``, ``distribution``, ``model``,
         ``batch_size`` and every other swept key under its last part, or in full where that would
         be ambiguous; ``defenses`` (where a scenario has some) in short, as
-        `testbed.defenses.described.defense_labels` has them; ``round``, ``client``, ``identity`` (of the
-        client in the population; -1 for a cohort); ``attack`` (its label), ``title``,
+        `defense_labels` has them; ``round``, ``client``, ``identity`` (of the client in the
+        population; -1 for a cohort); ``attack`` (its label), ``title``,
         ``knowledge``, ``answers`` (``counts``, ``presence`` or ``distribution``), ``target``
         (``update``, or ``accumulated``: scored against the labels of all updates of the client so
         far), ``adapted`` (the plain attack that it adapts to the defences; empty for a plain one),

@@ -133,10 +133,35 @@ def test_draws_of_different_tasks_are_different(fresh: bool) -> None:
 
 
 def test_skew_stays_with_the_client_in_training_only() -> None:
-    training = [make(3, 2, False).key(Purpose.SKEW, Task(5, round_, 1)) for round_ in range(3)]
-    assert training == [(5, 1)] * 3
-    repetitions = [make(3, 2, True).key(Purpose.SKEW, Task(5, round_, 1)) for round_ in range(3)]
-    assert repetitions == [(5, 0, 1), (5, 1, 1), (5, 2, 1)]
+    training = [make(3, 2, False).key(Purpose.SKEW, Task(0, round_, 1)) for round_ in range(3)]
+    assert training == [(0, 1)] * 3
+    repetitions = [make(3, 2, True).key(Purpose.SKEW, Task(0, round_, 1)) for round_ in range(3)]
+    assert repetitions == [(0, 0, 1), (0, 1, 1), (0, 2, 1)]
+
+
+SWEPT = (
+    "sweep.federation.batch_size=[4, 8]",
+    "sweep.defenses=[[], [{name: clip, bound: 1}], [float16]]",
+)
+
+
+def test_scenarios_that_differ_in_defences_alone_draw_the_same() -> None:
+    plans = make_plan(resolve(*SWEPT))
+    assert [plan.draws for plan in plans] == [0, 0, 0, 3, 3, 3]
+    keys = {plan.key(Purpose.BATCH, Task(plan.index, 2, 1)) for plan in plans[:3]}
+    assert keys == {(0, 2, 1)}
+    assert {plan.initial_key(0) for plan in plans[3:]} == {(3, 0)}
+
+
+def test_shares_are_all_scenarios_as_a_whole_run_has_them() -> None:
+    whole = make_plan(resolve(*SWEPT))
+    shares = [make_plan(resolve(*SWEPT), (i, 4)) for i in range(4)]
+    assert sorted(plan.index for share in shares for plan in share) == list(range(6))
+    for share in shares:
+        assert [plan.position for plan in share] == list(range(len(share)))
+        for plan in share:
+            assert plan.draws == whole[plan.index].draws
+            assert plan.scenario == whole[plan.index].scenario
 
 
 @pytest.mark.parametrize(

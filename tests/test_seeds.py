@@ -60,6 +60,12 @@ def test_purposes_keep_their_numbers() -> None:
         "STATISTICS": 7,
         "AUXILIARY": 8,
         "PRETRAINING": 9,
+        "PARTITION": 10,
+        "SAMPLING": 11,
+        "DROPOUT": 12,
+        "DEFENSE": 13,
+        "RESPONSES": 14,
+        "SECRETS": 15,
     }
 
 
