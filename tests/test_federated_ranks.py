@@ -9,7 +9,6 @@ import numpy as np
 from launching import (
     MPIRUN,
     assert_same_results,
-    environment,
     finish,
     run_testbed,
     write_experiment,
@@ -160,10 +159,9 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def with_script(path: Path, text: str, *arguments: Any, ranks: int) -> Any:
-    path.write_text(text)
-    line = [MPIRUN, "-n", str(ranks), sys.executable, str(path), *map(str, arguments)]
-    return finish(line, cwd=Path(__file__).parent.parent, env=environment())
+def with_script(text: str, *arguments: Any, ranks: int) -> Any:
+    line = [MPIRUN, "-n", str(ranks), sys.executable, "-c", text, *map(str, arguments)]
+    return finish(line)
 
 
 def test_bytes_in_the_file_are_those_that_mpi_moved(tmp_path: Path) -> None:
@@ -174,9 +172,7 @@ def test_bytes_in_the_file_are_those_that_mpi_moved(tmp_path: Path) -> None:
         sweep={"defenses": COMPRESSIONS},
     )
     witness, output = tmp_path / "moved.npy", tmp_path / "r.h5"
-    done = with_script(
-        tmp_path / "witness.py", WITNESS, witness, "run", experiment, "-o", output, ranks=3
-    )
+    done = with_script(WITNESS, witness, "run", experiment, "-o", output, ranks=3)
     assert done.status == 0, done.err
     moved = np.load(witness)
     with h5py.File(output) as file:
@@ -204,7 +200,7 @@ def test_a_message_of_another_length_than_it_says_ends_the_run(tmp_path: Path) -
     )
     output = tmp_path / "r.h5"
     arguments = (4, "run", experiment, "-o", output)
-    done = with_script(tmp_path / "liar.py", LIAR, *arguments, ranks=2)
+    done = with_script(LIAR, *arguments, ranks=2)
     assert done.status not in (0, 2)
     assert "an update of Task(scenario=0, round=0, client=0) says" in done.err
     assert not output.exists()
