@@ -202,7 +202,8 @@ def _results_bytes(plan: ScenarioPlan) -> int | None:
         lengths["feature"] = info.features(shape)
         lengths["buffer"] = info.buffers
         lengths["parameter"] = info.parameters(shape, classes) + info.buffers
-    return uncompressed_bytes(arrays, lengths)
+    attacked = sum(map(plan.is_attacked, range(plan.rounds)))
+    return uncompressed_bytes(arrays, lengths, attacked)
 
 
 def _answers(plan: ScenarioPlan) -> dict[str, tuple[str, Calibrations]]:

@@ -19,6 +19,8 @@ _AXIS_BYTES = 8
 _CHUNK_BYTES = 1 << 14
 # HDF5 allows no chunk of 4 GiB, and a reader holds whole ones.
 _MOST_CHUNK_BYTES = 1 << 24
+# Arrays with rows of attacked rounds alone.
+_OF_ATTACKED = ("truth/", "observations/", "attacks/")
 PHASES = ("publish", "wait", "aggregate", "attack", "evaluate", "write")
 
 Calibrations = Mapping[str, tuple[tuple[str | int, ...], str]]
@@ -172,7 +174,9 @@ def _even(length: int, most: int) -> int:
     return -(-length // -(-length // most))
 
 
-def uncompressed_bytes(arrays: Mapping[str, ArraySpec], lengths: Mapping[str, int]) -> int:
+def uncompressed_bytes(
+    arrays: Mapping[str, ArraySpec], lengths: Mapping[str, int], attacked: int
+) -> int:
     """Return what a scenario takes in the file at most: arrays without compression, and axes.
 
     Parameters
@@ -181,11 +185,16 @@ def uncompressed_bytes(arrays: Mapping[str, ArraySpec], lengths: Mapping[str, in
         Of the scenario.
     lengths
         Length of each axis.
+    attacked
+        How many rounds are attacked: of the others, some arrays have no rows.
     """
     lengths = used_lengths(arrays, lengths)
     values = _AXIS_BYTES * sum(lengths.values())
-    for spec in arrays.values():
+    for path, spec in arrays.items():
         shape, size = tuple(lengths[axis] for axis in spec.axes), np.dtype(spec.dtype).itemsize
-        pairs = zip(shape, chunk_shape(shape, size), strict=True)
+        chunks = chunk_shape(shape, size)
+        if chunks[0] == 1 and path.startswith(_OF_ATTACKED):
+            shape = (attacked, *shape[1:])
+        pairs = zip(shape, chunks, strict=True)
         values += size * int(np.prod([-(-length // max(part, 1)) * part for length, part in pairs]))
     return values + _STRUCTURE_BYTES * (len(arrays) + len(lengths))

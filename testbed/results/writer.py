@@ -8,10 +8,11 @@ counts is there.
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -257,19 +258,20 @@ class ResultsWriter:
         return compact
 
     def _write(self, scenario: int, block: Sequence[tuple[int, Rows]]) -> None:
-        first, last = block[0][0], block[-1][0]
         header = self._scenarios[scenario]
         group = self._file[_scenario_name(scenario)]
         for path, spec in header.arrays.items():
             if not any(path in rows for _, rows in block):
                 continue
             shape = tuple(header.lengths[axis] for axis in spec.axes[1:])
-            values = np.full((len(block), *shape), spec.fill, spec.dtype)
-            for index, (_, rows) in enumerate(block):
-                if path in rows:
-                    values[index] = rows[path]
             dataset = group[path]
-            dataset[first : last + 1] = values
+            # What is never written takes no room: many arrays have rows in attacked rounds alone.
+            present = [(number, rows[path]) for number, rows in block if path in rows]
+            for run in _runs(present):
+                values = np.empty((len(run), *shape), spec.dtype)
+                for index, (_, row) in enumerate(run):
+                    values[index] = row
+                dataset[run[0][0] : run[-1][0] + 1] = values
             # Left to the closing of the dataset, an error of the disk would go unheard, and the
             # rounds would be counted as committed.
             dataset.flush()
@@ -351,6 +353,12 @@ class ResultsWriter:
             described.attrs["adaptation"] = json.dumps(list(attack.adaptation))
             if "calibration" in described:
                 _encode(described["calibration"], "calibration")
+
+
+def _runs(rows: Sequence[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
+    """Yield numbered rows, ascending, in runs of consecutive numbers."""
+    for _, run in itertools.groupby(enumerate(rows), lambda pair: pair[1][0] - pair[0]):
+        yield [row for _, row in run]
 
 
 def _datasets(file: h5py.File) -> list[h5py.Dataset]:
