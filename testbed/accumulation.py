@@ -20,7 +20,7 @@ class _Sum:
     bias: NDArray[np.float64] | None
     weight: NDArray[np.float64] | None
     counts: NDArray[np.int64]
-    labels: int = 0
+    believed: int = 0
     steps: int = 0
 
 
@@ -38,8 +38,16 @@ class Accumulated:
         self._sums: dict[int, _Sum] = {}
         self._rows: dict[int, int] = {}
 
-    def add(self, record: Round, identities: NDArray[Any]) -> None:
-        """Add a round's updates, those that came and were finite."""
+    def add(self, record: Round, identities: NDArray[Any], believed: NDArray[np.int64]) -> None:
+        """Add a round's updates, those that came and were finite.
+
+        Parameters
+        ----------
+        record
+            Of the round.
+        identities, believed
+            [observed]: whose each update is, and how many labels the server takes it to have.
+        """
         self._rows = {}
         for row in np.flatnonzero(record.seen):
             identity = int(identities[row])
@@ -59,7 +67,7 @@ class Accumulated:
             if total.weight is not None and record.weight is not None:
                 total.weight += record.weight[row]
             total.counts += record.counts[row]
-            total.labels += int(record.labels[row])
+            total.believed += int(believed[row])
             total.steps += int(record.steps[row])
 
     def _no_weight(self, record: Round) -> NDArray[np.float64] | None:
@@ -74,33 +82,18 @@ class Accumulated:
             counts[row] = self._sums[identity].counts
         return counts
 
-    def observations(
-        self, record: Round, seen: NDArray[np.int64], believed: NDArray[np.int64]
-    ) -> list[Observations]:
+    def observations(self, seen: NDArray[np.int64]) -> list[Observations]:
         """Return the sums of this round's clients, those of equally many local steps together.
 
-        Parameters
-        ----------
-        record, seen
-            The round, and which of its updates are attacked.
-        believed
-            int64 [observed]: labels that the server takes this round's updates to have; it is as
-            wrong about the sums.
+        ``seen`` says which of the round's updates are attacked.
         """
         groups: dict[int, list[int]] = {}
         for row in seen:
             groups.setdefault(self._sums[self._rows[int(row)]].steps, []).append(int(row))
-        return [
-            self._group(record, np.array(rows), steps, believed)
-            for steps, rows in sorted(groups.items())
-        ]
+        return [self._group(np.array(rows), steps) for steps, rows in sorted(groups.items())]
 
-    def _group(
-        self, record: Round, rows: NDArray[np.int64], steps: int, believed: NDArray[np.int64]
-    ) -> Observations:
+    def _group(self, rows: NDArray[np.int64], steps: int) -> Observations:
         sums = [self._sums[self._rows[int(row)]] for row in rows]
-        wrong = believed[rows] / record.labels[rows]
-        labels = np.maximum(np.rint(np.array([one.labels for one in sums]) * wrong), 1)
 
         def stacked(name: str) -> NDArray[np.float32] | None:
             values = [getattr(one, name) for one in sums]
@@ -114,7 +107,7 @@ class Accumulated:
             row_sums=row_sums,
             bias_gradient=stacked("bias"),
             weight_gradient=stacked("weight"),
-            labels=labels.astype(np.int64),
+            labels=np.array([one.believed for one in sums]),
             keys=rows,
             local_steps=steps,
         )

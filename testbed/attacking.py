@@ -125,7 +125,8 @@ class RoundAttacks:
         if self._accumulated is not None:
             # A cohort's sum has no identity: cohorts are all one.
             cohort = self._plan.summed is not None
-            self._accumulated.add(record, np.zeros(1, np.int64) if cohort else record.identity)
+            identities = np.zeros(1, np.int64) if cohort else record.identity
+            self._accumulated.add(record, identities, self._believed_labels(record))
 
     def run(self, number: int, record: Round, sent: NDArray[np.float32]) -> dict[str, Any]:
         """Attack a round; return the rows of its truth, observations and answers.
@@ -182,7 +183,7 @@ class RoundAttacks:
         groups = _by_steps(record, seen, believed)
         later: Sequence[Observations] = []
         if self._accumulated is not None:
-            later = self._accumulated.observations(record, seen, believed)
+            later = self._accumulated.observations(seen)
         for label, entry in self._entries.items():
             for observations in later if entry.accumulated else groups:
                 self._adversary.local_steps = observations.local_steps

@@ -112,7 +112,8 @@ class ClientWorker:
         if self._own_head:
             self._keep_head(state, vector)
         self._share_buffers(task, buffers)
-        self._pipeline.defend_update(vector, draws, state)
+        delivered = self._sum is None or not self._sum.is_lost(task.round)
+        self._pipeline.defend_update(vector, draws, state, delivered=delivered)
         for place in self._model.frozen:
             vector[place] = 0  # also where noise has been added to everything
         self._tell(task, message, batches, trained)
@@ -166,7 +167,12 @@ class ClientWorker:
         """Return how well the client's own model does on the test part, before its local steps."""
         if not self._plan.is_evaluated(task.round):
             return float(np.nan)
-        return accuracy(self._model, self._samples, self._setup.parts.test)
+        return accuracy(
+            self._model,
+            self._samples,
+            self._setup.parts.test,
+            normalised_by_batch=self._plan.scenario.federation.batch_norm == "local",
+        )
 
     def _share_buffers(self, task: Task, buffers: NDArray[np.float32]) -> None:
         federation = self._plan.scenario.federation

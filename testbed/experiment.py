@@ -16,7 +16,7 @@ from pydantic import Field
 from testbed import sweep as sweeps
 from testbed.attacks import Knowledge
 from testbed.data import DATASETS
-from testbed.defenses import Stage
+from testbed.defenses import Defense, Stage
 from testbed.errors import UserError, suggest
 from testbed.models.catalog import MODELS
 from testbed.results.schema import ACCUMULATED, ADAPTED
@@ -35,6 +35,9 @@ from testbed.sections import (
     ResultsSection,
     Section,
 )
+
+# More than one of them would undo, or be mistaken for, the other.
+_ONCE = ("mixup", "randomised_response", "soteria", "withhold_last_layer", "dgc")
 
 
 class Scenario(Section):
@@ -145,6 +148,18 @@ class Scenario(Section):
         ):
             if "dp_sgd" in names and unfit in names:
                 raise ValueError(f"defenses: dp_sgd and {unfit} do not go together: {why}")
+        for name in _ONCE:
+            if names.count(name) > 1:
+                raise ValueError(f"defenses: {name} stands there twice: expected it once")
+        remembers = any(getattr(one, "error_feedback", False) for one in made)
+        for one in made:
+            if remembers and getattr(one, "factor", 1.0) != 1:
+                raise ValueError(
+                    f"defenses: {one.name}: error feedback keeps what is sent too much as well, "
+                    "and values that are scaled up then grow from round to round: leave out "
+                    "unbiased or rescale"
+                )
+        self._in_order_of_time(made)
         for one in made:
             if getattr(one, "error_feedback", False) and one.at == "step":
                 raise ValueError(
@@ -154,6 +169,18 @@ class Scenario(Section):
         if any(one.stage is Stage.SUM for one in made):
             self._summed()
         return self
+
+    @staticmethod
+    def _in_order_of_time(made: Sequence[Defense]) -> None:
+        """Raise where what is done to each step is listed behind what is done to the update."""
+        vectors = [one for one in made if one.stage in (Stage.CLIP, Stage.NOISE, Stage.SPARSIFY)]
+        for earlier, later in pairwise(vectors):
+            if earlier.at == "update" and later.at == "step":
+                raise ValueError(
+                    f"defenses: {later.name} is applied to each step, and stands after "
+                    f"{earlier.name}, which is applied to the update: put it first, or set its "
+                    "`at` to update"
+                )
 
     def _summed(self) -> None:
         federation = self.federation

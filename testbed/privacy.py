@@ -15,7 +15,8 @@ _PRV_LIMIT = 100.0
 
 _NOTE = (
     "accounted as if every sample were in a batch with the sampling rate's probability,"
-    " independently (Poisson sampling); batches of a fixed size are not drawn so"
+    " independently (Poisson sampling); batches of a fixed size are not drawn so, and where all"
+    " clients draw from the same samples, with replacement"
 )
 
 

@@ -119,7 +119,7 @@ class Round:
     def observe(self, row: int, payload: NDArray[np.float32], layout: UpdateLayout) -> bool:
         """Copy out what is observed of an update; return whether all of it is finite."""
         norm = norm_of(payload[: layout.parameters])
-        finite = math.isfinite(norm) and math.isfinite(norm_of(payload[layout.parameters :]))
+        finite = math.isfinite(norm) and is_finite(payload[layout.parameters :])
         weight = layout.weight_gradient(payload)
         if finite:
             sums = weight.sum(axis=1, dtype=np.float64)
@@ -158,6 +158,11 @@ class Round:
             "timings/client_rank": self.rank,
             **{f"timings/{name}": seconds for name, seconds in self.clock.seconds.items()},
         }
+
+
+def is_finite(values: NDArray[np.float32]) -> bool:
+    """Return whether all values of a vector are."""
+    return math.isfinite(norm_of(values))
 
 
 def norm_of(values: NDArray[np.float32]) -> float:

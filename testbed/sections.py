@@ -268,6 +268,18 @@ class ServerSection(Section):
     beta2: Share = 0.99
     epsilon: Positive = 1e-3
 
+    @pydantic.model_validator(mode="after")
+    def _used(self) -> "ServerSection":
+        owners = {"momentum": "momentum", "beta1": "adam", "beta2": "adam", "epsilon": "adam"}
+        for key, owner in owners.items():
+            default = type(self).model_fields[key].default
+            if self.optimizer != owner and getattr(self, key) != default:
+                raise ValueError(
+                    f"federation.server.{key} belongs to {owner}, and optimizer is "
+                    f"{self.optimizer!r}"
+                )
+        return self
+
 
 class FederationSection(Section):
     """The rounds.
@@ -349,10 +361,19 @@ class FederationSection(Section):
                         f"federation.{key} has no effect on a single local step: set "
                         "federation.algorithm to fedavg"
                     )
-        elif (steps is None) == (epochs is None):
+            return self
+        if (steps is None) == (epochs is None):
             raise ValueError(
                 "fedavg needs one of federation.local_steps and local_epochs, found "
                 + ("none" if steps is None else "both")
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _steps(self) -> "FederationSection":
+        if self.fresh_model and self.server != ServerSection():
+            raise ValueError(
+                "federation.server is of no use where fresh_model is true: the model never steps"
             )
         return self
 

@@ -17,7 +17,7 @@ from testbed.local_training import local_optimizer
 from testbed.models.norms import Norms, statistics_length
 from testbed.plan import ScenarioPlan
 from testbed.results.writer import ResultsWriter
-from testbed.round import Round
+from testbed.round import Round, is_finite
 from testbed.server_optimizer import make_server_optimizer
 from testbed.startup import ScenarioSetup
 from testbed.summing import CohortSum
@@ -147,7 +147,8 @@ class ScenarioServer:
             self._layout,
             number,
             keep_weights=self._attacks.needs_weights and attacked,
-            keep_updates=self._attacks.needs_updates and attacked,
+            # Sums over rounds are of the last layer alone.
+            keep_updates=self._attacks.needs_updates and self._plan.is_attacked(number),
         )
         self._aggregate.zero_()
         if self._plan.summed is not None:
@@ -223,6 +224,9 @@ class ScenarioServer:
         federation = self._plan.scenario.federation
         self._aggregate.div_(weight)
         mean = self._aggregate.numpy()
+        if not is_finite(mean):  # each was, and their sum is not
+            after[:] = before
+            return
         after[split:] = mean[split:] if federation.shares_statistics else before[split:]
         mean[:split] *= np.float32(federation.learning_rate)
         self._optimizer.step(before[:split], mean[:split], after[:split])
@@ -230,10 +234,11 @@ class ScenarioServer:
     def _evaluate(self, number: int, record: Round) -> dict[str, Any]:
         if not self._plan.is_evaluated(number):
             return {}
-        personal = record.accuracy[np.isfinite(record.accuracy)]
-        if len(personal):
+        withheld = self._setup.pipeline.withheld
+        if self._plan.keeps_state and withheld is not None and withheld.head == "personal":
             # Clients keep a part of the model: theirs is what can be used.
-            return {"rounds/accuracy": personal.mean()}
+            personal = record.accuracy[np.isfinite(record.accuracy)]
+            return {"rounds/accuracy": personal.mean()} if len(personal) else {}
         with record.clock.phase("evaluate"):
             seed = self._plan.scenario.seed
             self._adversary.enter(self._slot(number), seed, (self._plan.draws, number))

@@ -44,6 +44,10 @@ class _Sum:
         self._unit = math.gcd(*(weigh(identity) for identity in range(plan.population)))
         self._masked = plan.summed.protocol == "masks"
 
+    def is_lost(self, number: int) -> bool:
+        """Return whether too few clients of a round survive for the server to get their sum."""
+        return self._round(number).lost
+
     def _round(self, number: int) -> SecureRound:
         arriving = self._plan.participants(number).arriving
         return self._defense.secure_round(range(self._plan.clients), arriving, self._size)
@@ -125,7 +129,7 @@ class CohortSum(_Sum):
     @property
     def bytes_in_reduction(self) -> int:
         """The bytes with which each client takes part, where MPI adds up; else 0."""
-        return 0 if self._masked or self._of.lost else self._of.dtype.itemsize * self._size
+        return 0 if self._masked else self._of.dtype.itemsize * self._size
 
     def add(self, client: int, message: Message) -> None:
         """Take in a survivor's message."""

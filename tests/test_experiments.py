@@ -115,6 +115,8 @@ def shrunk(name: str) -> dict[str, Any]:
         section, _, field = key.partition(".")
         if field in content.get(section, {}):
             content[section][field] = min(content[section][field], most)
+    if content["federation"].get("fresh_model"):
+        content["federation"]["rounds"] = 1
     content["attacks"] = [quick(attack) for attack in content["attacks"]]
     sweep = content["sweep"]
     for group in groups(sweep):

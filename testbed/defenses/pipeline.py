@@ -1,7 +1,7 @@
 """A client's defences in order, from the labels of a batch to the bytes on the wire."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -55,6 +55,24 @@ class Draws:
     def responses(self) -> int:
         """Return the seed of what clients draw once per sample, for the whole scenario."""
         return seed64(self.seed, Purpose.RESPONSES, self.key[0])
+
+
+def _nearest(values: Levels, entries: Vector, bounds: NDArray[np.int64]) -> Levels:
+    """Return the codes with the scales that bring each part nearest to the entries.
+
+    What is kept back is then never larger than the entries. With the scales that make stochastic
+    rounding right on average it may be, and would grow from round to round: error feedback needs a
+    contraction (Stich and Karimireddy, JMLR 2020).
+    """
+    scales = values.scales.copy()
+    for part in range(len(scales)):
+        # One scale may serve all parts of a vector.
+        start, stop = (bounds[part], bounds[part + 1]) if len(scales) > 1 else bounds[[0, -1]]
+        codes = values.codes[start:stop].astype(np.float64)
+        square = float(codes @ codes)
+        if square and np.isfinite(scales[part]):
+            scales[part] = values.levels * float(codes @ entries[start:stop]) / square
+    return replace(values, scales=scales)
 
 
 class Pipeline:
@@ -140,16 +158,23 @@ class Pipeline:
         if self._packed_steps:
             self._simplify(self._packed_steps, gradient, partial(draws.stream, step=step))
 
-    def defend_update(self, vector: Vector, draws: Draws, state: State) -> None:
+    def defend_update(
+        self, vector: Vector, draws: Draws, state: State, *, delivered: bool = True
+    ) -> None:
         """Apply, in place, what is applied to the final update [P] before it is encoded.
 
         Updates that are added up in secret are compressed in value, but not on the wire: a sum has
-        all entries.
+        all entries. Where it is not ``delivered``, since the round is lost, all of it is kept.
         """
         for place, defense in self._vectors:
             if defense.at == "update":
                 defense.apply(vector, self._tensors, draws.stream(place, -1))
         if not self._summed:
+            return
+        if not delivered:
+            if self._remembers:
+                self._recall(vector, state)
+                state["residual"] = vector.copy()
             return
         if self._packed:
             self._simplify(self._packed, vector, partial(draws.stream, step=-1), state)
@@ -243,12 +268,18 @@ class Pipeline:
                 if positions is not None:
                     bounds = np.searchsorted(positions, bounds)
                 values = defense.quantise(entries, bounds, rng(place))
+                if state is not None and self._remembers and isinstance(values, Levels):
+                    values = _nearest(values, entries, bounds)
         used = encoding.encode(
             body, positions=positions, values=values, bounds=bounds, buffers=buffers
         )
         if state is not None and self._remembers:
             sent = decoded(values, bounds)
-            self._remember(vector, positions, sent, state)
+            if np.isfinite(sent).all() and np.isfinite(vector).all():
+                self._remember(vector, positions, sent, state)
+            else:  # it overflowed, and the server leaves it out
+                state.pop("residual", None)
+                state.pop("momentum", None)
         return used
 
     def _recall(self, vector: Vector, state: State) -> None:

@@ -65,7 +65,8 @@ class _Stochastic(_Quantised):
         self, values: Vector, bounds: NDArray[np.int64], rng: np.random.Generator
     ) -> Levels:
         levels = self._levels()
-        scales = np.array([self._scale(values[i:j]) for i, j in pairwise(bounds)], np.float32)
+        with np.errstate(over="ignore"):  # the server sees that it is not finite
+            scales = np.array([self._scale(values[i:j]) for i, j in pairwise(bounds)], np.float32)
         codes = np.zeros(values.size, np.int32)
         for scale, (start, stop) in zip(scales, pairwise(bounds), strict=True):
             if scale > 0 and np.isfinite(scale):

@@ -26,6 +26,8 @@ class WithholdLastLayer(Defense):
     """
 
     head: Literal["personal", "frozen"] = "personal"
+    scope: Literal["update"] = "update"
+    at: Literal["update"] = "update"
 
     name: ClassVar[str] = "withhold_last_layer"
     title: ClassVar[str] = "Last layer withheld"
