@@ -195,14 +195,17 @@ def _figures(arguments: argparse.Namespace) -> None:
 
 
 def _note_incomplete(files: Sequence[str]) -> None:
-    """Say on standard error which files lack rounds: a table does not show what is not there."""
-    from analysis.show import progress
+    """Say on standard error what tables do not show: rounds that lack, sums that were clipped."""
+    from analysis.show import clipped_entries, progress
     from testbed.results.reader import open_results
 
     for file in files:
         with open_results(file) as results:
             if not results.complete:
                 print(f"note: {results.path}: {progress(results)}", file=sys.stderr)
+            clipped = clipped_entries(results)
+            if clipped:
+                print(f"note: {results.path}: {clipped}", file=sys.stderr)
 
 
 if __name__ == "__main__":

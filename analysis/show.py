@@ -286,3 +286,20 @@ def _aligned(lines: Iterable[Sequence[str]]) -> list[str]:
         + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
+
+
+def clipped_entries(results: "Results") -> str:
+    """Return in which scenarios secure sums clipped updates, and how much; empty where none did."""
+    found = []
+    for scenario in results.scenarios:
+        if scenario.has("updates/clipped"):
+            counts = scenario.array("updates/clipped")
+            total = int(counts[counts > 0].sum())
+            if total:
+                found.append(f"{total:,} in scenario {scenario.number}")
+    if not found:
+        return ""
+    return (
+        f"secure sums clipped entries of updates ({'; '.join(found)}): set modulus_bits to 64, or "
+        "fewer fraction_bits"
+    )
