@@ -86,6 +86,14 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["defenses=[{name: top_k, theta: 0.5, error_feedback: true, at: step}]"],
         ["defenses: top_k: error_feedback", "at: update"],
     ),
+    "error feedback of what is scaled up": (
+        ["defenses=[{name: random_k, theta: 0.9, unbiased: true, error_feedback: true}]"],
+        ["defenses: random_k: error feedback", "leave out unbiased"],
+    ),
+    "mixup twice": (
+        ["defenses=[{name: mixup, alpha: 1}, {name: mixup, alpha: 1}]"],
+        ["defenses: mixup stands there twice"],
+    ),
     "a sum of one": (
         ["defenses=[secure_aggregation]", "federation.clients=1"],
         ["defenses: secure_aggregation of one client hides nothing", "federation.clients"],
@@ -151,6 +159,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "an unknown server optimiser": (
         ["federation.server.optimizer=adma"],
         ["federation.server.optimizer: found 'adma'", "did you mean 'adam'"],
+    ),
+    "momentum of a server without": (
+        ["federation.server.momentum=0.5"],
+        ["federation.server.momentum belongs to momentum", "'sgd'"],
     ),
     "an unknown variant": (
         ["data={name: emnist, root: somewhere, variant: byklass}"],
