@@ -71,7 +71,7 @@ def occurrences_figure(results: "Results", frame: "pd.DataFrame") -> "Figure":
     varying = varying or ["dataset", "distribution"]
     figure, panels = grid(len(chosen), columns=4, width=3.2, height=2.8)
     for axes, index in zip(panels, chosen, strict=True):
-        x, y, rho, adjusted = _points(results.scenarios[index])
+        x, y, rho, adjusted = _points(results.numbered(index))
         axes.scatter(x, y, s=5, color=PALETTE[0], alpha=0.3, lw=0, rasterized=True)
         first = frame[frame["scenario"] == index].iloc[0]
         says = "undefined" if np.isnan(rho) else f"{rho:.3f}"

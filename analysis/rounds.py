@@ -59,7 +59,7 @@ def rounds_figure(
     """
     from matplotlib.ticker import MaxNLocator
 
-    trained = [scenario.index for scenario in results.scenarios if is_trained(scenario)]
+    trained = [scenario.number for scenario in results.scenarios if is_trained(scenario)]
     rows = frame[frame["scenario"].isin(trained)]
     attacked = rows.groupby("scenario")["round"].transform("nunique") > 1
     rows = rows[attacked & rows["asr"].notna()]
@@ -139,7 +139,7 @@ def _accuracy(results: "Results", indices: Sequence[int]) -> tuple[Any, Any]:
     """Return the rounds that were evaluated, and the accuracy of each scenario's model [S, n]."""
     found: list[Any] = []
     for index in indices:
-        scenario = results.scenarios[index]
+        scenario = results.numbered(index)
         if scenario.has("rounds/accuracy"):
             found.append(scenario.array("rounds/accuracy"))
     length = min((len(values) for values in found), default=0)

@@ -113,7 +113,9 @@ def _self_test(
         residual = np.fmax(residual, _unbalance(bias))
         posterior = scenario.array("truth/posterior", start, stop)[known]
         # The stored gradient is the sum over the local steps, each of which saw one batch.
-        oracle = metrics.oracle_counts(posterior, bias / steps[:, None], labels)
+        # Of a layer that is not shared, there is nothing to tell.
+        if not _withholds(scenario):
+            oracle = metrics.oracle_counts(posterior, bias / steps[:, None], labels)
     changed = any(
         value and (key.partition(".")[0] in _DEFENCES or key in _ALTERED)
         for key, value in scenario.parameters.items()
@@ -153,3 +155,12 @@ def _unbalance(gradients: NDArray[Any]) -> NDArray[np.float64]:
     valid = np.isfinite(gradients).all(axis=-1) & (size > 0)
     ratio = np.abs(values.sum(axis=-1)) / np.where(size > 0, size, 1)
     return np.where(valid, ratio, np.nan)
+
+
+def _withholds(scenario: "Scenario") -> bool:
+    listed = scenario.parameters.get("defenses") or ()
+    return any(_name(entry) == "withhold_last_layer" for entry in listed)
+
+
+def _name(entry: object) -> object:
+    return entry.get("name") if isinstance(entry, Mapping) else entry

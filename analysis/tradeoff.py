@@ -150,7 +150,7 @@ def _costs(
     for file, group in pairs.groupby("file", sort=False):
         with open_results(str(file)) as results:
             for index, stands_for in zip(group["scenario"], group["merged"], strict=True):
-                found = _cost(results.scenarios[index], last)
+                found = _cost(results.numbered(index), last)
                 rows.append({"file": file, "scenario": stands_for, **found})
     means = pd.DataFrame(rows).groupby(_SCENARIO, sort=False)[list(_COSTS)].mean()
     return {

@@ -1,5 +1,6 @@
 """Attacks by name."""
 
+import functools
 import importlib
 import sys
 from collections.abc import Mapping
@@ -74,7 +75,7 @@ def make_attack(name: str, options: Mapping[str, Any]) -> Attack:
     if cls is None:
         raise UserError(f"unknown attack {name!r}: {suggest(name, known)}")
     try:
-        return pydantic.TypeAdapter(cls).validate_python(dict(options))
+        return _adapter(cls).validate_python(dict(options))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][0])
@@ -85,6 +86,12 @@ def make_attack(name: str, options: Mapping[str, Any]) -> Attack:
         raise UserError(
             f"attack {name!r}, option {option!r}: found {first['input']!r}: {first['msg']}"
         ) from None
+
+
+@functools.cache
+def _adapter(cls: type[Attack]) -> pydantic.TypeAdapter[Attack]:
+    # Building one takes longer than all of a small experiment's validation.
+    return pydantic.TypeAdapter(cls)
 
 
 def _import_attack(path: str) -> type[Attack]:

@@ -1,5 +1,6 @@
 """Defences by name."""
 
+import functools
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -65,9 +66,12 @@ def make_defense(name: str, options: Mapping[str, Any]) -> Defense:
     if cls is None:
         raise UserError(f"unknown defence {name!r}: {suggest(name, known)}")
     try:
-        return pydantic.TypeAdapter(cls).validate_python(dict(options))
+        return _adapter(cls).validate_python(dict(options))
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
+        found = error.errors()
+        # A misspelt option is both unknown and, under its right name, missing.
+        unknown = [one for one in found if one["type"] == "unexpected_keyword_argument"]
+        first = (unknown or found)[0]
         option = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "unexpected_keyword_argument":
             knobs = [field.name for field in fields(cls)]
@@ -79,6 +83,12 @@ def make_defense(name: str, options: Mapping[str, Any]) -> Defense:
         message = first["msg"].removeprefix("Value error, ")
         where = f", option {option!r}: found {first['input']!r}" if option else ""
         raise UserError(f"defence {name!r}{where}: {message}") from None
+
+
+@functools.cache
+def _adapter(cls: type[Defense]) -> pydantic.TypeAdapter[Defense]:
+    # Building one takes longer than all of a small experiment's validation.
+    return pydantic.TypeAdapter(cls)
 
 
 def _import_defense(path: str) -> type[Defense]:

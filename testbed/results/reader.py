@@ -248,6 +248,10 @@ class Results:
         every = all(scenario.committed == scenario.rounds for scenario in self.scenarios)
         return every and not self.path.name.endswith(PARTIAL)
 
+    def numbered(self, number: int) -> Scenario:
+        """Return the scenario of a number in the sweep."""
+        return next(one for one in self.scenarios if one.number == number)
+
     def refresh(self) -> None:
         """Take up the rounds that have been committed since; cheap on a complete file."""
         with _reading(self._file):
