@@ -91,8 +91,8 @@ def _identities(scenario: "Scenario", start: int, stop: int) -> NDArray[np.int64
     shape = (stop - start, scenario.clients)
     if scenario.members != scenario.clients:
         return np.full(shape, -1)
-    if scenario.has("updates/client"):
-        return scenario.array("updates/client", start, stop).astype(np.int64)
+    if scenario.has("updates/identity"):
+        return scenario.array("updates/identity", start, stop).astype(np.int64)
     return np.broadcast_to(np.arange(scenario.clients), shape)
 
 

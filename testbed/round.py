@@ -148,7 +148,7 @@ class Round:
         return {
             **clipped,
             "rounds/loss": losses.mean() if len(losses) else np.nan,
-            "updates/client": self.identity,
+            "updates/identity": self.identity,
             "updates/local_steps": self.member_steps,
             "updates/arrived": self.arrived,
             "updates/loss": self.loss,

@@ -60,8 +60,7 @@ class _Sum:
 class ClientSum(_Sum):
     """A worker's side: encodes, masks, and adds up where MPI reduces; see `_Sum`.
 
-    A client whose update is not finite abstains: it adds zeros of weight 0, which the server cannot
-    tell from an update.
+    A client whose update is not finite abstains: it adds zeros, and says that they weigh 0.
     """
 
     def __init__(self, plan: ScenarioPlan, size: int, weigh: Weigh) -> None:

@@ -79,7 +79,7 @@ def test_unbalanced_classes_stay_with_each_client_of_the_population(tmp_path: Pa
     federation = {"population": 6, "clients": 3, "rounds": 8, "batch_size": 40}
     labels = {"distribution": "unbalanced"}
     run = run_whole(tmp_path, federation=federation, labels=labels, model={"name": "cnn"})
-    identities, counts = run["updates/client"], run["truth/counts"]
+    identities, counts = run["updates/identity"], run["truth/counts"]
     classes: dict[int, set[int]] = {}
     for place in np.ndindex(identities.shape):
         classes.setdefault(int(identities[place]), set()).add(int(counts[place].argmax()))
@@ -107,7 +107,7 @@ def test_rows_of_clients_that_drop_out_hold_nothing_and_the_mean_is_of_the_other
     for number in range(7):
         chosen = run.plan.participants(number)
         np.testing.assert_array_equal(np.flatnonzero(arrived[number]), chosen.arriving)
-        np.testing.assert_array_equal(run["updates/client"][number], chosen.identities)
+        np.testing.assert_array_equal(run["updates/identity"][number], chosen.identities)
         if number < 6 and chosen.arriving:
             some += len(chosen.arriving) < 3
             updates = [run.plain(task) for task in run.plan.round_tasks(number)]

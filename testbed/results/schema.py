@@ -133,7 +133,7 @@ def scenario_arrays(
     for name in ("loss", "accuracy"):
         arrays[f"rounds/{name}"] = ArraySpec(("round",), "<f8")
     per_client = ("round", "member" if member else "client")
-    arrays["updates/client"] = ArraySpec(per_client, "<i4")
+    arrays["updates/identity"] = ArraySpec(per_client, "<i4")
     arrays["updates/local_steps"] = ArraySpec(per_client, "<i4")
     arrays["updates/arrived"] = ArraySpec(per_client, "|u1")
     if member:

@@ -162,7 +162,7 @@ def draw_round(
         arrived = [member for member in members if rows["updates/arrived"][member]]
         found = _draw_update(spec, generator, update, len(arrived), round_) if arrived else {}
         if arrived and spec.accumulated:
-            identity = int(rows["updates/client"][update])
+            identity = int(rows["updates/identity"][update])
             seen[identity] = seen.get(identity, 0) + found["truth/counts"]
             found["truth/accumulated"] = seen[identity]
             labels = np.repeat(np.arange(spec.classes), seen[identity])
@@ -186,7 +186,7 @@ def _draw_members(spec: Spec, generator: np.random.Generator) -> dict[str, NDArr
         arrived = generator.random(members) >= spec.dropout
     steps = np.array([spec.local(0 if spec.cohort else member) for member in range(members)])
     return {
-        "updates/client": identities,
+        "updates/identity": identities,
         "updates/local_steps": np.where(arrived, steps, -1),
         "updates/arrived": arrived,
         "updates/finite": arrived,
@@ -263,7 +263,7 @@ def _filled(spec: Spec, name: str, values: Sequence[Any]) -> NDArray[Any]:
 
 _SCALARS = ("observations/labels", "observations/norm")
 _MEMBERS = {
-    "updates/client": ("i4", -1),
+    "updates/identity": ("i4", -1),
     "updates/local_steps": ("i4", -1),
     "updates/arrived": ("u1", 0),
     "updates/finite": ("u1", 0),
@@ -387,7 +387,7 @@ def build(
 def age(path: Path, version: str = "1.0") -> Path:
     """Turn a file into one of version 1.1 or 1.0, which said less."""
     newer = {"privacy", "target", "adapted", "adaptation"}
-    arrays = ["observations/norm", "updates/client", "updates/local_steps", "updates/arrived"]
+    arrays = ["observations/norm", "updates/identity", "updates/local_steps", "updates/arrived"]
     if version == "1.0":
         newer |= {"answers", "observes", "assumes", "broken_assumptions", "not_applicable"}
         arrays += ["observations/labels"]
