@@ -263,7 +263,7 @@ def test_clients_that_dropped_out_have_no_rows(tmp_path):
     frame = analysis.load(path)
     with h5py.File(path) as file:
         group = file["scenarios/0000/updates"]
-        arrived, identity = group["arrived"][:] == 1, group["client"][:]
+        arrived, identity = group["arrived"][:] == 1, group["identity"][:]
     assert 0 < arrived.sum() < arrived.size
     rows = frame[frame["attack"] == "llg"]
     assert rows[["round", "client"]].to_numpy().tolist() == np.argwhere(arrived).tolist()
