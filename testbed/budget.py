@@ -54,7 +54,14 @@ def scenario_budget(plan: ScenarioPlan, setup: ScenarioSetup) -> Mapping[str, An
         )
         for use in sorted(_uses(plan, setup))
     ]
-    return max(budgets, key=lambda budget: float(budget["epsilon"]))
+    largest = max(budgets, key=lambda budget: float(budget["epsilon"]))
+    if plan.pretraining_steps:
+        # Plain SGD on the victims' samples: what it gives away is in every later model.
+        largest["note"] += (
+            f"; the model was first trained for {plan.pretraining_steps} steps on the same samples "
+            "without noise, which is not accounted"
+        )
+    return largest
 
 
 def _uses(plan: ScenarioPlan, setup: ScenarioSetup) -> set[_Use]:
