@@ -1,6 +1,7 @@
 """The command line's part about data sets: ``testbed data pack | info``."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ _NAMES = {
     "data.variant": "--variant",
     "data.limit": "--limit",
 }
+# Not within a path.
+_KEY = re.compile(rf"(?<![\w./])({'|'.join(map(re.escape, _NAMES))})(?![\w./])")
 _EPILOG = """\
 examples:
   testbed data info mnist DIR
@@ -97,7 +100,4 @@ def _open(options: argparse.Namespace) -> "LazyDataset":
         data = open_dataset(options.name, options.root, options.variant)
         return data.limited(options.limit)
     except UserError as error:
-        message = str(error)
-        for key, name in _NAMES.items():
-            message = message.replace(f"{key}: ", f"{name}: ").replace(f"{key} ", f"{name} ")
-        raise UserError(message) from error
+        raise UserError(_KEY.sub(lambda key: _NAMES[key[0]], str(error))) from error

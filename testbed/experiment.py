@@ -15,7 +15,7 @@ from pydantic import Field
 
 from testbed import sweep as sweeps
 from testbed.attacks import Knowledge
-from testbed.data import DATASETS
+from testbed.data import DATASETS, describe
 from testbed.defenses import Defense, Stage
 from testbed.errors import UserError, suggest
 from testbed.models.catalog import MODELS
@@ -87,13 +87,14 @@ class Scenario(Section):
                         f"the attack {attack.label!r} needs auxiliary samples: "
                         "data.auxiliary_per_class is 0, expected at least 1"
                     )
-        classes = DATASETS[self.data.name].classes
+        # Without a root: as far as they are known without the files.
+        classes, _ = describe(self.data.name, None, self.data.variant)
         if classes is not None and self.adversary.auxiliary_missing >= classes:
             raise ValueError(
                 f"adversary.auxiliary_missing: {self.adversary.auxiliary_missing} of {classes} "
                 "classes; expected at least one class with samples"
             )
-        others = DATASETS[other[0]].classes if other[0] else None
+        others = describe(other[0], None)[0] if other[0] else None
         if classes is not None and others is not None and classes != others:
             raise ValueError(
                 f"adversary.auxiliary_data: {other[0]!r} has {others} classes, {self.data.name!r} "

@@ -288,6 +288,23 @@ def test_auxiliary_attack_without_auxiliary_samples() -> None:
     parse(TEXT, "attacks=[llg, llg_star, random]", "data.auxiliary_per_class=0")
 
 
+def test_classes_are_those_of_the_variant() -> None:
+    digits = ("data.name=emnist", "data.variant=digits", "adversary.auxiliary_data=mnist")
+    parse(TEXT, *digits)
+    assert "'mnist' has 10 classes, 'emnist' has 26" in refusal(
+        TEXT, *digits, "data.variant=letters"
+    )
+    # Of an auxiliary data set, the default variant: EMNIST's has 62.
+    assert "'emnist' has 62 classes, 'mnist' has 10" in refusal(
+        TEXT, "data.name=mnist", "adversary.auxiliary_data=emnist"
+    )
+    missing = ("data.name=celeba", "adversary.auxiliary_missing=3")
+    parse(TEXT, *missing)
+    assert "3 of 2 classes" in refusal(TEXT, *missing, "data.variant=gender")
+    # How many identities there are, only the files tell.
+    parse(TEXT, *missing, "adversary.auxiliary_missing=10", "data.variant=identity")
+
+
 def test_labels_tell_attacks_of_one_name_apart() -> None:
     attacks = "attacks=[{name: llg_star, label: zeros}, {name: llg_star, dummy: ones, label: ones}]"
     zeros, ones = parse(TEXT, attacks).experiment.attacks

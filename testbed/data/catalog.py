@@ -1,7 +1,8 @@
 """The data sets by name, and what is known of each without reading it."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -204,16 +205,8 @@ def load(
 def open_dataset(name: str, root: Path | None, variant: str | None = None) -> LazyDataset:
     """Read as much of a data set as is needed to know its samples; parameters as of `load`."""
     chosen = check_variant(name, variant)
-    info = DATASETS[name]
-    try:
-        return info.open(root, chosen)
-    except UserError as error:
-        raise _with_hint(error, name, root) from error
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or root}: cannot be read ({error.strerror}); expected readable files "
-            "in data.root"
-        ) from error
+    with _told(name, root):
+        return DATASETS[name].open(root, chosen)
 
 
 def describe(
@@ -222,7 +215,7 @@ def describe(
     """Return the number of classes and (channels, height, width) of an image, reading no images.
 
     Both are None for a file or folder that decides about them and is not there (yet). `UserError`
-    if a name is unknown or the file is damaged.
+    if a name is unknown, or the file or folder is damaged or cannot be read.
     """
     chosen = check_variant(name, variant)
     info = DATASETS[name]
@@ -231,10 +224,8 @@ def describe(
         return classes, info.shape
     if root is None or kind_of(root) != info.root:
         return classes, info.shape
-    try:
+    with _told(name, root):
         return _outlined(name, root, chosen, root.stat().st_mtime_ns)
-    except UserError as error:
-        raise _with_hint(error, name, root) from error
 
 
 # A plan asks for every scenario, and the lists of 200,000 images take seconds.
@@ -271,6 +262,16 @@ def _info(name: str) -> DatasetInfo:
     return DATASETS[name]
 
 
-def _with_hint(error: UserError, name: str, root: Path | None) -> UserError:
-    more = hint(name, root) if DATASETS[name].root else ""
-    return UserError(f"{error}; {more}") if more else error
+@contextlib.contextmanager
+def _told(name: str, root: Path | None) -> Iterator[None]:
+    """Turn what reading a data set raises into what its user can mend."""
+    try:
+        yield
+    except UserError as error:
+        more = hint(name, root) if DATASETS[name].root else ""
+        raise (UserError(f"{error}; {more}") if more else error) from error
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or root}: cannot be read ({error.strerror}); expected readable files "
+            "in data.root"
+        ) from error

@@ -1,5 +1,6 @@
 """CelebA with hair colour, gender or identity as labels, from its official files."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -120,7 +121,11 @@ def _labels(path: Path, variant: str) -> tuple[list[str], NDArray[np.int64]]:
     if variant == "identity":
         return _pairs(path, lambda value: value >= 0, "an identity")
     lines = _lines(path)
-    next(lines, None)  # the number of images: a subset may be listed
+    count = next(lines, (1, ["0"]))[1]
+    if len(count) != 1 or not count[0].isdecimal() or len(count[0]) > 9:
+        raise UserError(
+            f"{path}: its first line is not the number of images; expected CelebA's {_ATTRIBUTES}"
+        )
     header = next(lines, (2, [""]))[1]
     wanted = _COLUMNS[variant]
     if missing := [column for column in wanted if column not in header]:
@@ -139,8 +144,12 @@ def _labels(path: Path, variant: str) -> tuple[list[str], NDArray[np.int64]]:
             )
         names.append(words[0])
         rows.append([value == "1" for value in values])
-    if not names:
-        raise UserError(f"{path}: lists no image; expected CelebA's {_ATTRIBUTES}")
+    _check_names(path, names)
+    if len(names) < int(count[0]):
+        raise UserError(
+            f"{path}: lists {len(names)} images, its first line announces {count[0]}: get the file "
+            "again, or, if it is to list a part of the images, put their number there"
+        )
     has = np.array(rows)
     if variant == "gender":
         return names, has[:, 0].astype(np.int64)
@@ -190,9 +199,16 @@ def _pairs(
             )
         names.append(words[0])
         values.append(int(words[1]))
+    _check_names(path, names)
+    return names, np.array(values, np.int64)
+
+
+def _check_names(path: Path, names: list[str]) -> None:
     if not names:
         raise UserError(f"{path}: lists no image; expected the official file: get it again")
-    return names, np.array(values, np.int64)
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{path}: lists {name} {times} times; expected once: get the file again")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -12,6 +12,7 @@ from testbed.data.dataset import Dataset, Images, number_users
 from testbed.errors import UserError
 
 _BLOCK_BYTES = 1 << 24
+_BEFORE = " (before the limit)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +116,7 @@ class LazyDataset:
             test_start=start,
             users=None if self.users is None else number_users(self.users[kept], start),
             read=lambda chosen: read(kept[chosen]),
+            note=self.note and self.note.removesuffix(_BEFORE) + _BEFORE,
         )
 
 

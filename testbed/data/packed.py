@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.data.dataset import Images, check_counts, check_labels, require_root
+from testbed.data.dataset import Images, check_counts, check_labels, number_users, require_root
 from testbed.data.lazy import LazyDataset
 from testbed.errors import UserError
 
@@ -33,13 +33,15 @@ def open_packed(root: Path | None) -> LazyDataset:
         The file: root attributes ``encoding-type`` ("testbed-dataset"), ``encoding-version``
         (1.x), ``name``, ``variant``, ``classes``, ``scale``, and ``test_start`` where there is an
         official test split; arrays ``images`` (uint8 or float32 ``[n, c, h, w]``), ``labels``
-        (integers ``[n]``), and ``users`` (integers ``[n]``) and ``class_names`` (strings) where
-        these are known.
+        (integers ``[n]``), and ``users`` (integers ``[n]``, -1 for nobody, otherwise any numbers
+        from 0: they are numbered as in `Dataset`) and ``class_names`` (strings) where these are
+        known.
 
     Raises
     ------
     UserError
-        If the file is missing, damaged, or another HDF5 file.
+        If the file is missing, damaged, or another HDF5 file; on reading the images, if
+        ``images * scale`` is not in [0, 1].
     """
     path = require_root("packed", root, "file")
     with _open(path) as file:
@@ -74,8 +76,8 @@ def open_packed(root: Path | None) -> LazyDataset:
         test_start=test_start,
         shape=(shape[0], shape[1], shape[2]),
         dtype=dtype,
-        read=lambda chosen: _read(path, chosen),
-        users=users,
+        read=lambda chosen: _read(path, chosen, float(scale)),
+        users=None if users is None else number_users(users, test_start),
         class_names=class_names,
         variant=variant,
     )
@@ -149,10 +151,11 @@ def _array(path: Path, file: "h5py.File", name: str, ndim: int, kinds: str) -> "
 def _users(path: Path, file: "h5py.File", count: int) -> NDArray[np.int64] | None:
     if "users" not in file:
         return None
-    users: NDArray[np.int64] = _array(path, file, "users", 1, "iu")[()].astype(np.int64)
-    if len(users) != count or users.min() < -1 or users.max() >= count:
+    users = _array(path, file, "users", 1, "iu")[()]
+    if len(users) != count or users.min() < -1 or users.max() > np.iinfo(np.int64).max:
         raise UserError(f"{path}: 'users' are not a number of 0 or more, or -1, per image; {_FIX}")
-    return users
+    kept: NDArray[np.int64] = users.astype(np.int64)
+    return kept
 
 
 def _class_names(path: Path, file: "h5py.File", classes: int) -> tuple[str, ...] | None:
@@ -180,7 +183,7 @@ def _text(path: Path, file: "h5py.File", name: str) -> str:
     return value
 
 
-def _read(path: Path, chosen: slice | NDArray[np.int64]) -> Images:
+def _read(path: Path, chosen: slice | NDArray[np.int64], scale: float) -> Images:
     with _open(path) as file:
         stored = _array(path, file, "images", 4, "uf")
         if isinstance(chosen, slice):
@@ -193,6 +196,14 @@ def _read(path: Path, chosen: slice | NDArray[np.int64]) -> Images:
                 here = (chosen >= start) & (chosen < start + step)
                 if here.any():
                     images[here] = stored[start : start + step][chosen[here] - start]
-    if images.dtype == np.float32 and not np.isfinite(images).all():
-        raise UserError(f"{path}: 'images' holds values that are no numbers; {_FIX}")
+    if images.size:
+        low, high = float(images.min()), float(images.max())
+        if math.isnan(low):
+            raise UserError(f"{path}: 'images' holds values that are no numbers; {_FIX}")
+        # As much above 1 as a scale or values in single precision can lead to.
+        if low < 0 or high * scale > 1 + 4 * np.finfo(np.float32).eps:
+            raise UserError(
+                f"{path}: 'images' holds values from {low:g} to {high:g}; expected 0 to "
+                f"{1 / scale:g}, which 'scale' takes to 1; {_FIX}"
+            )
     return images

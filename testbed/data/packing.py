@@ -38,18 +38,23 @@ def pack(data: LazyDataset, path: Path, *, source: str, overwrite: bool = False)
         If the file exists and is not to be replaced, or cannot be written, or if images cannot be
         read.
     """
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder; make it, or choose another place")
     # The process's number: two that pack at a time do not write the same file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.parent / f"{path.name}.{os.getpid()}.partial"
     try:
         if path.is_dir():
             raise UserError(f"{path}: this is a folder; expected the name of a file to write")
+        if not path.parent.is_dir():
+            raise UserError(f"{path.parent}: no such folder; make it, or choose another place")
         if path.exists() and not overwrite:
             raise UserError(f"{path}: exists; choose another name, or replace it with --overwrite")
         _write(data, partial, source)
         partial.replace(path)
-    except (OSError, RuntimeError) as error:
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error.object!a} is not UTF-8; rename the folder that "
+            "is called so"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
         raise UserError(
             f"{path}: cannot be written ({reason}); expected a place with room for "

@@ -76,6 +76,11 @@ def _read(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
             "(version 5): get it again"
         ) from error
     images, labels = content["X"], content["y"].ravel()
+    # The header's type and that of the stored numbers are two fields of the file.
+    if images.dtype != np.uint8:
+        raise UserError(
+            f"{path}: 'X' holds {images.dtype}, but its header says uint8: get the file again"
+        )
     check_counts(path, images.shape[3], len(labels))
     if labels.dtype.kind == "c" or not (np.isfinite(labels) & (labels == np.rint(labels))).all():
         raise UserError(f"{path}: 'y' holds labels that are not whole; expected 1..10")

@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from official_files import (
     write_emnist,
     write_leaf,
     write_mnist,
+    write_picture,
     write_svhn,
 )
 
@@ -122,6 +124,23 @@ def test_variants() -> None:
 def test_describe_npz_that_is_not_there(tmp_path: Path) -> None:
     assert describe("npz", None) == (None, None)
     assert describe("npz", tmp_path / "later.npz") == (None, None)
+
+
+def test_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        write_picture(tmp_path / name / "1.png", np.zeros((4, 4), np.uint8))
+    locked, iterdir = tmp_path / "b", Path.iterdir
+
+    # Permissions do not keep the super-user out.
+    def refuse(path: Path) -> Iterator[Path]:
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    for call in (load, describe):
+        with pytest.raises(UserError, match=rf"{locked}: cannot be read \(Permission denied\)"):
+            call("images", tmp_path)
 
 
 def test_dataset_is_frozen() -> None:

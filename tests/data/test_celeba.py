@@ -135,6 +135,16 @@ ATTR, IDS, EVAL = "list_attr_celeba.txt", "identity_CelebA.txt", "list_eval_part
         (ATTR, lambda text: text[:-4], "line 10 is not a file name and 40 values"),
         (ATTR, lambda text: text.replace("1 ", "2 "), "is not a file name and 40 values"),
         (ATTR, lambda text: text.replace(".jpg", ".png"), "none of the 8 images"),
+        (ATTR, lambda text: text[:-1].rsplit("\n", 1)[0], "lists 7 images, its first line annou"),
+        (ATTR, lambda text: text.split("\n", 1)[1], "first line is not the number of images"),
+        (ATTR, lambda text: "9" * 5000 + text, "first line is not the number of images"),
+        (
+            ATTR,
+            lambda text: text.replace("8.jpg", "7.jpg"),
+            "lists 000007.jpg 2 times; expected on",
+        ),
+        (EVAL, lambda text: text + "000003.jpg 2\n", "lists 000003.jpg 2 times"),
+        (IDS, lambda text: text + "000003.jpg 15\n", "lists 000003.jpg 2 times"),
         (EVAL, lambda text: text.replace("4.jpg 1", "4.jpg 3"), "line 4 is not a file name and 0"),
         (EVAL, lambda text: text.replace("4.jpg 1", "4.jpg"), "line 4 is not"),
         (EVAL, lambda text: text.replace("4.jpg 1", "4.jpg -1"), "line 4 is not"),
@@ -149,6 +159,13 @@ def test_damaged_list(root: Path, file: str, change: Callable[[str], str], expec
     path = root / file
     path.write_text(change(path.read_text()))
     refused("celeba", root, expected)
+
+
+def test_list_of_a_part_with_its_own_count(root: Path) -> None:
+    path = root / ATTR
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(["5", *lines[1:7]]))
+    assert numbers(load("celeba", root, "gender").images) == [2, 3, 4, 5, 1]
 
 
 def test_list_that_is_no_text(root: Path) -> None:

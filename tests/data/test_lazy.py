@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -109,6 +111,15 @@ def test_limits_combine() -> None:
     data = open_dataset("digits", None).limited(200)
     assert data.limited(50).load().labels.shape == (50,)
     assert set(load("digits", None, limit=10).labels) == set(range(10))
+
+
+def test_note_tells_that_it_is_of_the_whole() -> None:
+    data = dataclasses.replace(in_memory(made([0, 1, 5, 5], [2])), note="4 of 9 are used")
+    assert data.limited(4).note == "4 of 9 are used"
+    assert data.limited(3).note == "4 of 9 are used (before the limit)"
+    assert in_memory(made([0, 0], [])).limited(1).note == ""
+    twice = dataclasses.replace(in_memory(made([0] * 4, [])), note="all").limited(3).limited(2)
+    assert twice.note == "all (before the limit)"
 
 
 def test_blocks_are_the_images(monkeypatch: pytest.MonkeyPatch) -> None:

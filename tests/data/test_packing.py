@@ -8,10 +8,11 @@ import h5py
 import numpy as np
 import pytest
 from failures import refused
-from official_files import write_celeba, write_mnist
+from official_files import write_celeba, write_mnist, write_picture
 from traced import peak_below
 
 from testbed.data import Dataset, describe, load, open_dataset
+from testbed.data.images import open_images
 from testbed.data.lazy import in_memory
 from testbed.data.packed import open_packed
 from testbed.data.packing import pack
@@ -148,9 +149,48 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         (tmp_path / "none" / "a.h5", "no such folder"),
         (tmp_path / "file" / "a.h5", "no such folder"),
         (tmp_path / ("long" * 100), "cannot be written"),
+        (tmp_path / ("long" * 100) / "a.h5", "cannot be written"),
+        # Without a name.
+        (Path(), "this is a folder"),
+        (Path("/"), "this is a folder"),
     ):
         with pytest.raises(UserError, match=expected):
             pack(data, path, source="")
+
+
+def test_class_name_that_is_not_utf8(tmp_path: Path) -> None:
+    for name in (b"a\xff", b"b"):
+        folder = tmp_path / "classes" / os.fsdecode(name)
+        write_picture(folder / "1.png", np.zeros((4, 4), np.uint8))
+    with pytest.raises(UserError, match=r"a\\udcff' is not UTF-8; rename the folder"):
+        pack(open_images(tmp_path / "classes"), tmp_path / "a.h5", source="")
+    assert [each.name for each in tmp_path.iterdir()] == ["classes"]
+
+
+def test_users_are_numbered_without_gaps(packed: Path) -> None:
+    with h5py.File(packed, "r+") as file:
+        replaced("users", data=[70, 70, -1, 3, 3, 3, 9, 9, 9, 5, 70, 1000])(file)
+    users = load("packed", packed).users
+    assert users is not None
+    # Those of the test part alone, the last three samples, follow.
+    assert users.tolist() == [2, 2, -1, 0, 0, 0, 1, 1, 1, 3, 2, 4]
+
+
+def test_images_on_the_edge_of_their_range(packed: Path) -> None:
+    levels = np.array([0, 1 / 3, 3], "f4").repeat(4).reshape(12, 1, 1, 1)
+    with h5py.File(packed, "r+") as file:
+        replaced("images", data=levels)(file)
+        # A little more than a third.
+        file.attrs["scale"] = np.float32(1 / 3)
+    np.testing.assert_array_equal(load("packed", packed).images, levels)
+
+
+def test_images_above_their_range_are_refused_once_they_are_read(packed: Path) -> None:
+    with h5py.File(packed, "r+") as file:
+        file.attrs["scale"] = 1.0
+    assert describe("packed", packed) == (4, (2, 5, 4))
+    assert open_packed(packed).read(np.array([], np.int64)).shape == (0, 2, 5, 4)
+    refused("packed", packed, "'images' holds values from", "expected 0 to 1, which 'scale' takes")
 
 
 @pytest.fixture
@@ -208,7 +248,10 @@ def attribute(name: str, value: Any) -> Callable[[h5py.File], None]:
         ),
         (replaced("users", data=np.arange(11)), "'users' are not"),
         (replaced("users", data=np.arange(12) - 2), "'users' are not"),
-        (replaced("users", data=np.full(12, 12)), "'users' are not"),
+        (replaced("users", data=np.full(12, 2**64 - 1, np.uint64)), "'users' are not"),
+        (replaced("images", data=np.full((12, 1, 2, 2), -0.1, "f4")), "values from -0.1 to -0.1"),
+        (replaced("images", data=np.full((12, 1, 2, 2), 256, "f4")), "expected 0 to 255, which"),
+        (replaced("images", data=np.full((12, 1, 2, 2), np.inf, "f4")), "values from inf to inf"),
         (lambda file: file.create_dataset("class_names", data=["a", "b"]), "2 class names for 4"),
         (
             lambda file: file.create_dataset("class_names", data=[1, 2, 3, 4]),

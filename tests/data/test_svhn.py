@@ -77,6 +77,18 @@ def test_wrong_arrays(tmp_path: Path, arrays: dict[str, Any], expected: str) -> 
     refused("svhn", tmp_path, str(tmp_path / "test_32x32.mat"), expected)
 
 
+def test_numbers_of_another_type_than_the_headers(tmp_path: Path) -> None:
+    write_svhn(tmp_path)
+    path = tmp_path / "test_32x32.mat"
+    io.savemat(path, {"X": X / 2, "y": Y})
+    content = bytearray(path.read_bytes())
+    # The class in the array flags of X, the first variable: mxDOUBLE_CLASS, mxUINT8_CLASS.
+    assert content[144] == 6
+    content[144] = 9
+    path.write_bytes(content)
+    refused("svhn", tmp_path, f"{path}: 'X' holds float64, but its header says uint8")
+
+
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html>" * 40, b"\0" * 300])
 def test_other_content(tmp_path: Path, content: bytes) -> None:
     write_svhn(tmp_path)
