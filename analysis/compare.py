@@ -1,6 +1,7 @@
 """One attack against the best of the others, scenario by scenario, on the same updates."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,8 @@ from analysis.formats import RENDERERS, Page
 from analysis.load import attack_names, parameter_columns, varying_columns
 from analysis.notes import TITLES, UPDATE, parameters, plain
 from analysis.scenarios import choose_attacks, merge_seeds
-from analysis.score import baseline_columns
+from analysis.score import ACCUMULATED, baseline_columns
+from analysis.shares import join_shares
 from analysis.table import LEVEL, STYLES
 from testbed.errors import UserError, suggest
 
@@ -50,7 +52,8 @@ def compare(
         parameters, ``accuracy``, ``attack``, ``mean``, ``low``, ``high``, ``best`` (the other's
         label), ``best_mean``, ``best_low``, ``best_high``, and ``difference``,
         ``difference_low``, ``difference_high``: of the attack less the other, update by update,
-        with 95 % intervals over rounds; ``uniform``, where the metric has baselines.
+        with 95 % intervals over rounds (NaN for attacks on all updates of a client so far);
+        ``uniform``, where the metric has baselines.
 
     Raises
     ------
@@ -79,9 +82,9 @@ def compare(
         difference = pairs[metric] - pairs[f"{metric}_best"]
         row = {name: own.iloc[0][name] for name in kept}
         row |= {"accuracy": own["accuracy"].mean(), "attack": attack, "metric": metric}
-        row |= _interval("", own[metric], own["round"])
-        row |= {"best": best, **_interval("best_", rival[metric], rival["round"])}
-        row |= _interval("difference_", difference, pairs["round"], least=-1)
+        row |= _interval("", own[metric], own)
+        row |= {"best": best, **_interval("best_", rival[metric], rival)}
+        row |= _interval("difference_", difference, pairs, least=-1)
         row["difference"] = row.pop("difference_mean")
         if baseline_columns(metric):
             row["uniform"] = own[baseline_columns(metric)["uniform"]].mean()
@@ -104,12 +107,14 @@ def render_comparison(
     """Return the comparison as a table; ``style`` as in `analysis.table.render`."""
     if style not in STYLES:
         raise UserError(f"unknown format {style!r}: {suggest(style, STYLES)}")
-    merged = merge_seeds(frame)
+    merged = merge_seeds(join_shares(frame))
     found = compare(merged, attack, metric, against)
     if style == "csv":
         return found.to_csv(index=False)
     names = attack_names(merged)
     columns: dict[str, Iterable[str]] = {"#": found["scenario"].map(str)}
+    if found["file"].nunique() > 1:
+        columns["file"] = found["file"].map(lambda file: Path(file).name)
     for name in varying_columns(found[parameters(found.rename(columns={"accuracy": "attack"}))]):
         columns[name] = found[name].map(plain)
     if found["accuracy"].notna().any():
@@ -154,10 +159,13 @@ def _rivals(group: "pd.DataFrame", attack: str) -> list[str]:
 
 
 def _interval(
-    prefix: str, values: "pd.Series[float]", rounds: "pd.Series[int]", least: float = 0.0
+    prefix: str, values: "pd.Series[float]", rows: "pd.DataFrame", least: float = 0.0
 ) -> dict[str, float]:
-    found = bootstrap_interval(values.to_numpy(), rounds.to_numpy(), level=LEVEL)
-    low, high = np.clip(found, least, 1).tolist()
+    low, high = np.nan, np.nan
+    # Accumulated rounds contain each other.
+    if (rows["target"] != ACCUMULATED).all():
+        found = bootstrap_interval(values.to_numpy(), rows["round"].to_numpy(), level=LEVEL)
+        low, high = np.clip(found, least, 1).tolist()
     return {f"{prefix}mean": float(values.mean()), f"{prefix}low": low, f"{prefix}high": high}
 
 

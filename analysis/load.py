@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.score import ACCUMULATED, baseline_columns, score_rounds
+from analysis.shares import first_files
 from testbed.defenses.described import defense_key, defense_labels
 from testbed.errors import UserError
 
@@ -16,7 +17,7 @@ from testbed.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from testbed.results.reader import AttackInfo
+    from testbed.results.reader import AttackInfo, Scenario
 
 # Parameters that every frame has as columns, swept or not.
 STANDARD = {
@@ -31,6 +32,12 @@ ATTACK = (
     *("attack", "title", "knowledge", "answers", "target", "adapted"),
     *("applicable", "obstacle", "broken"),
 )
+# Why a scenario with committed rounds has no rows, and what helps.
+_NOTHING_CAME, _NO_ATTACKS = "no update arrived to be attacked", "no attack was run"
+_REMEDIES = {
+    _NOTHING_CAME: "more rounds or a lower federation.dropout",
+    _NO_ATTACKS: "attacks",
+}
 _KEYS = ("round", "client", "identity")
 _UPDATE = ("accuracy", "residual")
 # Of the title of an attack that knows the defences.
@@ -75,7 +82,10 @@ def load(*paths: str | Path) -> "pd.DataFrame":
         there are defences, batches of different sizes, or local steps that are not plain gradient
         descent.
 
-        ``attrs["columns"]`` of the frame gives the column of each dotted key.
+        ``attrs`` of the frame: ``columns``, the column of each dotted key; ``runs``, for each file
+        the first of those that hold shares of its experiment; ``trained``, file and number of the
+        scenarios whose rounds are those of one training; ``lost``, file and number of those with
+        committed rounds and no rows, and why; ``complete``, whether all files are.
 
     Raises
     ------
@@ -91,9 +101,16 @@ def load(*paths: str | Path) -> "pd.DataFrame":
     parts: list[Mapping[str, NDArray[Any]]] = []
     swept: dict[str, None] = {}
     defended: list[object] = []
+    roots: list[tuple[str, Mapping[str, Any]]] = []
+    trained: list[tuple[str, int]] = []
+    lost: list[tuple[str, int, str]] = []
+    complete = True
     for path in paths:
         with open_results(path) as results:
+            roots.append((str(path), results.attributes))
+            complete &= results.complete
             for scenario in results.scenarios:
+                found = len(parts)
                 swept.update(dict.fromkeys(scenario.swept))
                 defended.append(scenario.parameters.get(DEFENSES))
                 before = {"file": str(path), "scenario": scenario.number}
@@ -102,14 +119,23 @@ def load(*paths: str | Path) -> "pd.DataFrame":
                         after = _describe(label, scenario.attacks[label])
                         heads.append({**before, **after, "parameters": scenario.parameters})
                         parts.append(columns)
+                if is_trained(scenario):
+                    trained.append((str(path), scenario.number))
+                if scenario.committed and len(parts) == found:
+                    why = _NOTHING_CAME if scenario.attacks else _NO_ATTACKS
+                    lost.append((str(path), scenario.number, why))
 
     if any(defended):
         swept[DEFENSES] = None
     names = column_names(swept, _known())
     order = ["file", "scenario", *names.values(), *_KEYS, *ATTACK, *_UPDATE]
     order += [*METRICS, *_baselines()]
+    told: dict[str, Any] = {"columns": names, "runs": first_files(roots), "trained": trained}
+    told |= {"lost": lost, "complete": complete}
     if not parts:
-        return pd.DataFrame(columns=order)
+        empty = pd.DataFrame(columns=order)
+        empty.attrs.update(told)
+        return empty
     shown = defense_labels(defended)
     for head in heads:
         parameters = head.pop("parameters")
@@ -121,20 +147,31 @@ def load(*paths: str | Path) -> "pd.DataFrame":
     constant = pd.DataFrame(heads).loc[np.repeat(np.arange(len(heads)), sizes)]
     varying = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     frame = constant.reset_index(drop=True).assign(**varying)[order]
-    frame.attrs["columns"] = names
+    frame.attrs.update(told)
     return frame
 
 
 def load_attacked(*paths: str | Path) -> "pd.DataFrame":
     """Return what `load` does, or raise `UserError` where that is not a single row."""
     frame = load(*paths)
-    if frame.empty:
-        files = ", ".join(map(str, paths))
+    if not frame.empty:
+        return frame
+    files = ", ".join(map(str, paths))
+    reasons = dict.fromkeys(why for *_, why in frame.attrs["lost"])
+    if frame.attrs["complete"]:
         raise UserError(
-            f"{files}: no round with an attack has been committed yet: try again when the run is "
-            "further; `show` says how far it is"
+            f"{files}: {' or '.join(reasons)} in any round, and the run is complete: run it again "
+            f"with {' and '.join(_REMEDIES[why] for why in reasons)}"
         )
-    return frame
+    raise UserError(
+        f"{files}: no round with an attack has been committed yet: try again when the run is "
+        "further; `show` says how far it is"
+    )
+
+
+def is_trained(scenario: "Scenario") -> bool:
+    """Return whether the rounds of a scenario are those of one training."""
+    return scenario.parameters.get("federation.fresh_model", True) is False
 
 
 def column_names(swept: Iterable[str], taken: Iterable[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.load import attack_names, of_updates, varying_columns
@@ -39,7 +40,8 @@ def table_notes(
     count = f"{low}" if low == high else f"{low} to {high}"
     interval = f"± is the larger side of the {level * 100:g} % interval over rounds"
     if summary["low"].isna().all():
-        interval = "no interval, since it takes two rounds"
+        single = (summary["target"] != ACCUMULATED).any()
+        interval = "no interval" + (", since it takes two rounds" if single else "")
     what = TITLES.get(metric, metric)
     notes = [f"{what}, mean of {count} update{'' if count == '1' else 's'}; {interval}"]
     if not baseline_columns(metric):
@@ -54,18 +56,61 @@ def table_notes(
     notes += [", ".join(fixed)] if fixed else []
     names = attack_names(summary)
     summed = summary.loc[summary["target"] == ACCUMULATED, "attack"].unique().tolist()
-    what = "about all updates of a client so far, with guesses of their own"
+    what = (
+        "about all updates of a client so far, with guesses of their own and no interval, since "
+        "their rounds contain each other"
+    )
     notes += _grouped("scored otherwise", {what: summed} if summed else {}, names)
     notes += _grouped(f"{BROKEN} the scenario breaks an assumption", _broken(scored), names)
-    idle = summary[~summary["applicable"]]
-    reasons = {
-        str(reason): rows["attack"].unique().tolist()
-        for reason, rows in idle.groupby("obstacle", sort=False)
-    }
-    notes += _grouped("- not applicable", reasons, names)
+    notes += not_applicable(summary, names)
     if not left_out.empty:
         shown = "; ".join(attack_names(left_out).values())
         notes.append(f"left out, with presence alone to score by presence_f1: {shown}")
+    return notes
+
+
+def not_applicable(rows: "pd.DataFrame", names: Mapping[str, str]) -> list[str]:
+    """Return a note on the attacks that were not run, and why; none where all were.
+
+    Parameters
+    ----------
+    rows
+        Of a frame or a summary.
+    names
+        See `analysis.load.attack_names`.
+    """
+    idle = rows[~rows["applicable"].astype(bool)]
+    reasons = {
+        str(reason): part["attack"].unique().tolist()
+        for reason, part in idle.groupby("obstacle", sort=False)
+    }
+    return _grouped("- not applicable", reasons, names)
+
+
+def loading_notes(frame: "pd.DataFrame", *, intervals: bool) -> list[str]:
+    """Return what cannot be told from rows: which scenarios have none, and which are trainings.
+
+    Parameters
+    ----------
+    frame
+        As `analysis.load` returns it, or some of its rows.
+    intervals
+        Whether the table shows any.
+    """
+    notes = []
+    shown = set(frame[["file", "scenario"]].itertuples(index=False, name=None))
+    if intervals and shown.intersection(frame.attrs.get("trained", ())):
+        notes.append(
+            "rounds of one training are not independent: its intervals are about this training"
+        )
+    runs = frame.attrs.get("runs", {})
+    several = len(set(runs.values())) > 1
+    found: dict[tuple[str, str], list[int]] = {}
+    for file, number, why in frame.attrs.get("lost", ()):
+        found.setdefault((runs[file] if several else "", why), []).append(number)
+    for (file, why), numbers in found.items():
+        which = f"scenario{'' if len(numbers) == 1 else 's'} {', '.join(map(str, sorted(numbers)))}"
+        notes.append(f"{which}{f' of {Path(file).name}' if file else ''}: {why}")
     return notes
 
 

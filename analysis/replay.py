@@ -112,7 +112,7 @@ class _Scenario:
         from testbed.attacks.assumptions import not_applicable
 
         self._stored = stored
-        self._where = f"{path}: scenario {stored.scenario.index}"
+        self._where = f"{path}: scenario {stored.scenario.number}"
         kept = () if only else tuple(stored.scenario.attacks)
         for one in chosen:
             if one.label in kept:

@@ -7,7 +7,7 @@ import numpy as np
 
 from analysis.bootstrap import bootstrap_interval
 from analysis.figures import PALETTE, describe
-from analysis.load import parameter_columns, varying_columns
+from analysis.load import is_trained, parameter_columns, varying_columns
 from analysis.score import BASELINES
 from analysis.stages import best_attacks
 from analysis.success import attack_styles, draw_curves, finish
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from testbed.results.reader import Results, Scenario
+    from testbed.results.reader import Results
 
 _MAX_PANELS, _COLUMNS = 12, 4
 _MOST_POINTS = 20
@@ -27,11 +27,6 @@ _ROUNDS, _FEWEST_POINTS = 5, 5
 # With fewer rounds the quantile of Student's distribution says more than they do.
 _LEAST_CLUSTERS = 3
 _WIDTH, _HEIGHTS = 3.6, (2.6, 1.4)
-
-
-def is_trained(scenario: "Scenario") -> bool:
-    """Return whether the rounds of a scenario are those of one training."""
-    return scenario.parameters.get("federation.fresh_model", True) is False
 
 
 def rounds_figure(

@@ -38,15 +38,32 @@ def merge_seeds(frame: "pd.DataFrame") -> "pd.DataFrame":
     pandas.DataFrame
         Without the column ``seed``; each scenario has the smallest number of those that it stands
         for, and the rounds of further seeds are numbered on, since every one has a model of its
-        own. The frame itself where no seed was swept.
+        own. The frame itself where no two scenarios of a file differ in the seed alone.
     """
-    if "seed" not in frame or frame["seed"].nunique() < 2:
+    if "seed" not in frame:
         return frame
     keys = ["file", *(name for name in parameter_columns(frame) if name != "seed")]
     merged = frame.groupby(keys, sort=False, dropna=False)["scenario"].transform("min")
+    if merged.equals(frame["scenario"]):
+        return frame
     order = {seed: number for number, seed in enumerate(frame["seed"].drop_duplicates())}
     rounds = frame["round"] + frame["seed"].map(order) * (frame["round"].max() + 1)
     return frame.assign(scenario=merged, round=rounds).drop(columns="seed")
+
+
+def seeds_note(frame: "pd.DataFrame", merged: "pd.DataFrame") -> list[str]:
+    """Return a note on how many seeds stand behind a scenario; none where none were merged.
+
+    Parameters
+    ----------
+    frame, merged
+        What `merge_seeds` was given, and what it returned.
+    """
+    if merged is frame:
+        return []
+    counts = frame["seed"].groupby([merged["file"], merged["scenario"]]).nunique()
+    low, high = counts.min(), counts.max()
+    return [f"averaged over {high if low == high else f'{low} to {high}'} seeds"]
 
 
 def pages(scenarios: "pd.DataFrame", most: int) -> list["pd.DataFrame"]:

@@ -129,10 +129,10 @@ def _obstacles(scenarios: Sequence["Scenario"]) -> list[str]:
     for scenario in scenarios:
         for label, info in scenario.attacks.items():
             if info.not_applicable:
-                idle.setdefault((info.not_applicable, label), {})[scenario.index] = ""
+                idle.setdefault((info.not_applicable, label), {})[scenario.number] = ""
                 continue
             for assumption, found in info.broken.items():
-                broken.setdefault((assumption, label), {})[scenario.index] = found
+                broken.setdefault((assumption, label), {})[scenario.number] = found
     lines = []
     for head, obstacles in (("not applicable", idle), ("broken assumptions", broken)):
         if obstacles:
@@ -157,7 +157,7 @@ def _federation(scenarios: Sequence["Scenario"]) -> list[str]:
         found: dict[str, list[int]] = {}
         for scenario in scenarios:
             for text in tell(scenario):
-                found.setdefault(text, []).append(scenario.index)
+                found.setdefault(text, []).append(scenario.number)
         if found and list(found) != [NONE]:
             told = [[text, _where(where, len(scenarios))] for text, where in found.items()]
             lines += [head, *_aligned(told), ""]
@@ -259,7 +259,7 @@ def _scenarios(scenarios: Sequence["Scenario"]) -> list[str]:
     head = ["#", *keys, "clients", "classes", "rounds"]
     body = [
         [
-            str(scenario.index),
+            str(scenario.number),
             *(_value(key, scenario.swept.get(key)) for key in keys),
             str(scenario.members),
             str(scenario.classes),

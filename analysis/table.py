@@ -12,9 +12,18 @@ from analysis.load import (
     parameter_columns,
     varying_columns,
 )
-from analysis.notes import BROKEN, not_finite, parameters, plain, self_test, table_notes
-from analysis.scenarios import merge_seeds, outermost_first, pages
+from analysis.notes import (
+    BROKEN,
+    loading_notes,
+    not_finite,
+    parameters,
+    plain,
+    self_test,
+    table_notes,
+)
+from analysis.scenarios import merge_seeds, outermost_first, pages, seeds_note
 from analysis.score import ACCUMULATED, BASELINES, baseline_columns
+from analysis.shares import join_shares
 from testbed.errors import UserError, suggest
 
 if TYPE_CHECKING:
@@ -50,7 +59,8 @@ def summarise(frame: "pd.DataFrame", metric: str = "asr") -> "pd.DataFrame":
     pandas.DataFrame
         Columns ``file``, ``scenario``, the parameters, what `analysis.load` says of the attack
         (``attack`` to ``broken``), ``metric``, ``mean``, ``low`` and ``high`` (95 %
-        interval of the mean over rounds; NaN with one round), ``repetitions`` (updates scored),
+        interval of the mean over rounds; NaN with one round, and for the target ``accumulated``,
+        whose rounds contain each other), ``repetitions`` (updates scored),
         ``rounds`` (those they come from) and ``accuracy`` (mean over the rounds' models). Where
         the metric has baselines also the means of ``random``, ``uniform`` and ``oracle`` over the
         same updates, and ``advantage``: of the mean over the uniform guess.
@@ -74,12 +84,11 @@ def summarise(frame: "pd.DataFrame", metric: str = "asr") -> "pd.DataFrame":
     rows = []
     for _, group in frame.groupby([*_SCENARIO, "attack"], sort=False):
         scored = group[group[metric].notna()]
-        # No metric leaves [0, 1], as Student's interval of a few rounds may.
-        low, high = np.clip(
-            bootstrap_interval(scored[metric].to_numpy(), scored["round"].to_numpy(), level=LEVEL),
-            0,
-            1,
-        ).tolist()
+        low, high = np.nan, np.nan
+        if group["target"].iloc[0] != ACCUMULATED:
+            found = bootstrap_interval(scored[metric], scored["round"], level=LEVEL)
+            # No metric leaves [0, 1], as Student's interval of a few rounds may.
+            low, high = np.clip(found, 0, 1).tolist()
         row = {
             "mean": scored[metric].mean(),
             "low": low,
@@ -143,7 +152,8 @@ def render(
         raise UserError(f"unknown format {style!r}: {suggest(style, STYLES)}")
     if rows not in ROWS:
         raise UserError(f"unknown rows {rows!r}: {suggest(rows, ROWS)}")
-    merged = frame if per_seed else merge_seeds(frame)
+    joined = join_shares(frame)
+    merged = joined if per_seed else merge_seeds(joined)
     everything = summarise(merged, metric)
     if style == "csv":
         return everything.to_csv(index=False)
@@ -154,8 +164,8 @@ def render(
             "choose presence_f1"
         )
     notes = table_notes(summary, left_out, metric, LEVEL)
-    if merged is not frame:
-        notes.insert(1, f"averaged over {frame['seed'].nunique()} seeds")
+    notes[1:1] = seeds_note(joined, merged)
+    notes += loading_notes(frame, intervals=bool(summary["low"].notna().any()))
     notes += [*not_finite(merged), self_test(merged)]
     many = summary["attack"].nunique() > MOST_COLUMNS
     layout = _by_attack if rows == "attacks" or (rows == "auto" and many) else _by_scenario

@@ -8,11 +8,18 @@ import numpy as np
 
 from analysis.bootstrap import bootstrap_interval
 from analysis.formats import RENDERERS, Page
-from analysis.load import attack_names, of_updates, parameter_columns, varying_columns
-from analysis.notes import TITLES, plain
-from analysis.rounds import is_trained
-from analysis.scenarios import choose_attacks, merge_seeds
+from analysis.load import (
+    DEFENSES,
+    attack_names,
+    is_trained,
+    of_updates,
+    parameter_columns,
+    varying_columns,
+)
+from analysis.notes import TITLES, loading_notes, not_applicable, not_finite, plain
+from analysis.scenarios import choose_attacks, merge_seeds, seeds_note
 from analysis.score import ACCUMULATED, baseline_columns
+from analysis.shares import join_shares
 from analysis.table import LEVEL, STYLES
 from testbed.errors import UserError, suggest
 
@@ -55,11 +62,11 @@ def tradeoff(
         A row per file, scenario and ``kind`` of attack: ``plain``; ``adapted`` to the defences; or
         ``accumulated``, about all updates of a client so far. The parameters; ``attack`` (label of
         the strongest of the kind, the one with the best mean; empty where none has a score) and
-        ``title``; ``metric``, ``mean``, ``low``, ``high`` (95 % interval over rounds),
-        ``repetitions``, and what the ``random`` and the ``uniform`` guess score on the same
-        updates; ``accuracy`` of the final model (mean of all models, where rounds are no training),
-        ``bytes`` of an update on the wire, mean of those that arrived, and ``epsilon`` and
-        ``delta``: NaN where unknown.
+        ``title``; ``metric``, ``mean``, ``low``, ``high`` (95 % interval over rounds; NaN for
+        ``accumulated``, where rounds contain each other), ``repetitions``, and what the ``random``
+        and the ``uniform`` guess score on the same updates; ``accuracy`` of the final model (mean
+        of all models, where rounds are no training), ``bytes`` of an update on the wire, mean of
+        those that arrived, and ``epsilon`` and ``delta``: NaN where unknown.
 
     Raises
     ------
@@ -68,7 +75,6 @@ def tradeoff(
     """
     import pandas as pd
 
-    from testbed.attacks import attacks as registered
     from testbed.attacks.metrics import GUESSES
 
     if metric not in GUESSES:
@@ -76,17 +82,13 @@ def tradeoff(
     if last < 1:
         raise UserError(f"last: found {last}, expected at least 1 evaluated round")
     choose_attacks(frame, attacks)
-    guesses = {registered()[name].title for name in _GUESSES}
-    merged = merge_seeds(frame)
+    merged = merge_seeds(join_shares(frame))
     costs = _costs(frame, merged, last)
     kept = [*_SCENARIO, *parameter_columns(merged)]
     rows = []
     for key, group in merged.groupby(_SCENARIO, sort=False):
         first = group.iloc[0]
-        if attacks:
-            rivals = group[group["attack"].isin(attacks) | group["adapted"].isin(attacks)]
-        else:
-            rivals = group[(group["knowledge"] != "truth") & ~group["title"].isin(guesses)]
+        rivals = _rivals(group, attacks)
         for kind in KINDS:
             found = _strongest(rivals[_of_kind(rivals, kind)], metric)
             if found is None and kind == "plain":
@@ -95,6 +97,16 @@ def tradeoff(
                 described = {name: first[name] for name in kept}
                 rows.append(described | {"kind": kind, **found, **costs[key]})
     return pd.DataFrame(rows)
+
+
+def _rivals(rows: "pd.DataFrame", attacks: Sequence[str]) -> "pd.DataFrame":
+    """Return the rows of the attacks of which the strongest is looked for."""
+    from testbed.attacks import attacks as registered
+
+    if attacks:
+        return rows[rows["attack"].isin(attacks) | rows["adapted"].isin(attacks)]
+    guesses = {registered()[name].title for name in _GUESSES}
+    return rows[(rows["knowledge"] != "truth") & ~rows["title"].isin(guesses)]
 
 
 def _of_kind(rows: "pd.DataFrame", kind: str) -> "pd.Series[bool]":
@@ -111,8 +123,10 @@ def _strongest(rows: "pd.DataFrame", metric: str) -> "dict[str, object] | None":
         return None
     best = scored.groupby("attack", sort=False)[metric].mean().idxmax()
     own = scored[scored["attack"] == best]
-    interval = bootstrap_interval(own[metric], own["round"], level=LEVEL)
-    low, high = np.clip(interval, 0, 1).tolist()
+    low, high = np.nan, np.nan
+    if own["target"].iloc[0] != ACCUMULATED:
+        interval = bootstrap_interval(own[metric], own["round"], level=LEVEL)
+        low, high = np.clip(interval, 0, 1).tolist()
     return {
         "attack": best,
         "title": own.iloc[0]["title"],
@@ -145,13 +159,13 @@ def _costs(
 
     from testbed.results.reader import open_results
 
-    pairs = frame[_SCENARIO].assign(merged=merged["scenario"]).drop_duplicates()
+    pairs = frame[_SCENARIO].assign(run=merged["file"], merged=merged["scenario"])
     rows = []
-    for file, group in pairs.groupby("file", sort=False):
+    for file, group in pairs.drop_duplicates().groupby("file", sort=False):
         with open_results(str(file)) as results:
-            for index, stands_for in zip(group["scenario"], group["merged"], strict=True):
-                found = _cost(results.numbered(index), last)
-                rows.append({"file": file, "scenario": stands_for, **found})
+            for number, *stands_for in group[["scenario", "run", "merged"]].to_numpy().tolist():
+                found = _cost(results.numbered(number), last)
+                rows.append(dict(zip(_SCENARIO, stands_for, strict=True)) | found)
     means = pd.DataFrame(rows).groupby(_SCENARIO, sort=False)[list(_COSTS)].mean()
     return {
         key: dict(zip(_COSTS, row, strict=True))
@@ -194,8 +208,11 @@ def render_tradeoff(
     columns: dict[str, Iterable[str]] = {"#": [str(index) for _, index in scenarios.index]}
     if scenarios.index.get_level_values("file").nunique() > 1:
         columns["file"] = [Path(str(file)).name for file, _ in scenarios.index]
-    varying = [name for name in varying_columns(frame) if name != "seed"]
-    for name in varying:
+    joined = join_shares(frame)
+    merged = merge_seeds(joined)
+    varying = varying_columns(merged)
+    following = _following(scenarios, varying)
+    for name in (name for name in varying if name not in following):
         columns[name] = scenarios[name].map(plain)
     for kind in KINDS:
         rows = found[found["kind"] == kind].set_index(_SCENARIO).reindex(scenarios.index)
@@ -216,28 +233,68 @@ def render_tradeoff(
     if scenarios["epsilon"].notna().any():
         columns["epsilon"] = scenarios["epsilon"].map(lambda x: "-" if np.isnan(x) else f"{x:.3g}")
     body = list(zip(*columns.values(), strict=True))
-    notes = _notes(found, frame, varying, bool(attacks), metric, last)
+    notes = _notes(found, merged, attacks, metric, last)
+    notes[-1:-1] = [
+        *seeds_note(joined, merged),
+        *_told_apart(scenarios, following),
+        *loading_notes(frame, intervals=bool(found["low"].notna().any())),
+        *not_finite(merged),
+    ]
     return RENDERERS[style]([Page(head=[list(columns)], body=body)], notes)
+
+
+def _following(scenarios: "pd.DataFrame", varying: Sequence[str]) -> dict[str, str]:
+    """Return the columns whose value an earlier one determines, as in a zipped sweep, and that one.
+
+    Not where that one tells all scenarios apart: it determines everything. Defences stay.
+    """
+    found: dict[str, str] = {}
+    for place, name in enumerate(varying):
+        for earlier in varying[:place] if name != DEFENSES else ():
+            values = scenarios.groupby(earlier, dropna=False)[name].nunique(dropna=False)
+            if earlier not in found and len(values) < len(scenarios) and values.max() == 1:
+                found[name] = earlier
+                break
+    return found
+
+
+def _told_apart(scenarios: "pd.DataFrame", following: Mapping[str, str]) -> list[str]:
+    """Return a note for each value that determines others: what these are there."""
+    notes = []
+    for name in dict.fromkeys(following.values()):
+        for value, rows in scenarios.groupby(name, sort=False, dropna=False):
+            told = {one: plain(rows.iloc[0][one]) for one in following if following[one] == name}
+            with_it = ", ".join(f"{one} {text}" for one, text in told.items() if text)
+            notes.append(f"{name} {plain(value)}: {with_it}")
+    return notes
+
+
+def _not_run(merged: "pd.DataFrame", attacks: Sequence[str], metric: str) -> "pd.DataFrame":
+    """Return the rows of attacks that do not apply, of kinds without any score in the scenario."""
+    rivals = _rivals(merged, attacks)
+    kind = rivals["target"].where(rivals["target"] == ACCUMULATED, rivals["adapted"] != "")
+    keys = [*(rivals[name] for name in _SCENARIO), kind.astype(str)]
+    scored = rivals[metric].notna().groupby(keys).transform("any")
+    return rivals[~scored & ~rivals["applicable"].astype(bool)]
 
 
 def _notes(
     found: "pd.DataFrame",
-    frame: "pd.DataFrame",
-    varying: Sequence[str],
-    chosen: bool,
+    merged: "pd.DataFrame",
+    attacks: Sequence[str],
     metric: str,
     last: int,
 ) -> list[str]:
-    strongest = "the chosen attack" if chosen else "the strongest attack"
+    strongest = "the chosen attack" if attacks else "the strongest attack"
     what = TITLES.get(metric, metric)
-    notes = [f"{what} of {strongest}; ± is the larger side of the {LEVEL * 100:g} % interval"]
-    if not chosen:
+    interval = f"± is the larger side of the {LEVEL * 100:g} % interval over rounds"
+    notes = [f"{what} of {strongest}; {interval}"]
+    if not attacks:
         notes.append("the strongest is chosen by its mean on the same updates, which flatters it")
-    if "seed" in frame and frame["seed"].nunique() > 1:
-        notes.append(f"averaged over {frame['seed'].nunique()} seeds")
     kinds = {
         "adapted": "adapted: the attacker knows the defences",
-        ACCUMULATED: "accumulated: about the labels of all updates of a client so far",
+        ACCUMULATED: "accumulated: about the labels of all updates of a client so far, without "
+        "interval, since their rounds contain each other",
     }
     notes += [text for kind, text in kinds.items() if (found["kind"] == kind).any()]
     rounds = "last evaluated round" if last == 1 else f"last {last} evaluated rounds, mean"
@@ -245,10 +302,12 @@ def _notes(
     deltas = found["delta"].dropna().unique()
     if len(deltas):
         notes.append(f"epsilon at delta {', '.join(f'{delta:g}' for delta in deltas)}")
+    notes += not_applicable(_not_run(merged, attacks, metric), attack_names(merged))
+    varying = varying_columns(merged)
     fixed = [
         f"{name} {plain(found[name].iloc[0])}"
-        for name in parameter_columns(frame)
-        if name not in (*varying, "seed") and plain(found[name].iloc[0])
+        for name in parameter_columns(merged)
+        if name not in varying and plain(found[name].iloc[0])
     ]
     return [*notes, ", ".join(fixed)]
 

@@ -90,7 +90,10 @@ def tradeoff_figure(
         left.set_xlabel(LABELS[metric])
         left.set_ylabel("final accuracy")
         panels.append((left, right))
-    _add_legend(figure, panels, len(groups) - len(shown), attacks)
+    scenarios = sum(len(group.drop_duplicates(_SCENARIO)) for _, group in shown)
+    undrawn = scenarios - sum(int(_drawn(points).sum()) for points in named)
+    undrawn += len(frame.attrs.get("lost", ()))
+    _add_legend(figure, panels, len(groups) - len(shown), undrawn, attacks)
     set_title(figure, title)
     figure.draw_without_rendering()
     written = [_write(left, points) for (left, _), points in zip(panels, named, strict=True)]
@@ -142,6 +145,15 @@ def _points(group: "pd.DataFrame", varying: Sequence[str]) -> "pd.DataFrame":
     return points
 
 
+def _leaks(points: "pd.DataFrame") -> "pd.Series[float]":
+    """Return where each point is: at the attacker who knows more, or at the guess."""
+    return points["adapted_mean"].fillna(points["plain_mean"]).fillna(points["uniform"])
+
+
+def _drawn(points: "pd.DataFrame") -> "pd.Series[bool]":
+    return points["accuracy"].notna() & _leaks(points).notna()
+
+
 def _look(index: int) -> dict[str, Any]:
     return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
 
@@ -151,6 +163,8 @@ def _draw_points(axes: "Axes", points: "pd.DataFrame") -> None:
         look, y = _look(index), point["accuracy"]
         ends = [point[f"{kind}_mean"] for kind in ("plain", "adapted")]
         if np.isnan(ends).all():
+            if np.isnan(point["uniform"]):
+                continue
             axes.plot(point["uniform"], y, "x", color=look["color"], ms=7, mew=1.6)
             continue
         if not np.isnan(ends).any():
@@ -171,12 +185,16 @@ def _draw_points(axes: "Axes", points: "pd.DataFrame") -> None:
                 capsize=2,
             )
     x = points.filter(regex="_(mean|low|high)$|^random$|^uniform$").to_numpy(float)
-    axes.set_xlim(max(-0.02, np.nanmin(x) - _ROOM), min(1.04, np.nanmax(x) + _ROOM))
+    x = x[np.isfinite(x)]
+    if x.size:
+        axes.set_xlim(max(-0.02, x.min() - _ROOM), min(1.04, x.max() + _ROOM))
     low, high = points["accuracy"].min(), points["accuracy"].max()
     room = max(0.02, 0.15 * (high - low))
     axes.set_ylim(max(-0.02, low - room), min(1.04, high + room))
     for name, line in (("random", "--"), ("uniform", ":")):
         usual = points[name].median()
+        if np.isnan(usual):
+            continue
         axes.axvline(usual, ls=line, color=_GREY, lw=1.2, zorder=1.9)
         # Sums over a cohort are easier to guess.
         for at, y in points.loc[
@@ -223,12 +241,9 @@ def _bytes(size: float) -> str:
 
 def _write(axes: "Axes", points: "pd.DataFrame") -> bool:
     """Name the points; return whether there was room for their numbers only."""
-    inner = points[["plain_mean", "adapted_mean"]].to_numpy(float)
-    # A label stands beside the attacker who knows more.
-    x = np.where(np.isnan(inner[:, 1]), inner[:, 0], inner[:, 1])
-    x = np.where(np.isnan(x), points["uniform"], x)
+    x = _leaks(points).to_numpy(float)
     y = points["accuracy"].to_numpy(float)
-    known = ~np.isnan(y)
+    known = _drawn(points).to_numpy()
     at = np.stack([x, y], axis=1)[known]
     # The line between the two and their whiskers, as a row of points.
     reach = points.filter(regex="_(mean|low|high)$").to_numpy(float)
@@ -251,6 +266,7 @@ def _add_legend(
     figure: "Figure",
     panels: "Sequence[tuple[Axes, Axes]]",
     left_out: int,
+    undrawn: int,
     attacks: Sequence[str],
 ) -> None:
     from matplotlib.lines import Line2D
@@ -268,6 +284,8 @@ def _add_legend(
         label = "no attack applies"
         entries.append(Line2D([], [], ls="", marker="x", color=_GREY, ms=6, label=label))
     note = f"; {left_out} more settings left out" if left_out else ""
+    if undrawn:
+        note += f"; {undrawn} scenario{'' if undrawn == 1 else 's'} not drawn"
     figure.legend(
         handles=entries,
         loc="outside lower center",

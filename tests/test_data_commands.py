@@ -127,6 +127,14 @@ def test_wrong_input_is_told_by_the_names_of_the_command_line(
         run(*arguments)
 
 
+def test_keys_at_the_end_of_a_message_but_not_in_a_path(tmp_path: Path) -> None:
+    folder = tmp_path / "data.root"
+    folder.mkdir()
+    (folder / "emnist-digits-train-images-idx3-ubyte").touch()
+    with pytest.raises(UserError, match=r"/data\.root: .* of the variant digits: set --variant$"):
+        run("info", "emnist", folder)
+
+
 def test_wrong_folder_is_named(tmp_path: Path, data_root: Path) -> None:
     with pytest.raises(UserError, match="looks like mnist: set NAME: mnist"):
         run("pack", "svhn", data_root / "mnist", "-o", tmp_path / "a.h5")

@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pytest
 from build_file import Spec, build
+from test_scenarios import share
 
 import analysis
 from analysis.bootstrap import bootstrap_interval
@@ -130,3 +131,27 @@ def test_rivals_answer_about_the_same_labels_and_know_no_more(tmp_path):
     ]
     with pytest.raises(UserError, match="no scenario in which 'llg\\+rounds'"):
         compare(frame, "llg+rounds")
+
+
+def test_several_files_have_their_names_beside_and_shares_have_not(tmp_path):
+    specs = [Spec({"federation.batch_size": size}, rounds=2) for size in (4, 16)]
+    paths = [build(tmp_path / f"{name}.h5", specs[:1]) for name in ("one", "two")]
+    lines = render_comparison(analysis.load(*paths), "llg").splitlines()
+    assert lines[0].split()[:2] == ["#", "file"]
+    assert [line.split()[:2] for line in lines[2:4]] == [["0", "one.h5"], ["0", "two.h5"]]
+    parts = [share(tmp_path, specs, place, (place, 2)) for place in (1, 0)]
+    lines = render_comparison(analysis.load(*parts), "llg").splitlines()
+    assert [line.split()[:2] for line in lines[2:4]] == [["0", "4"], ["1", "16"]]
+    assert lines[0].split()[:2] == ["#", "batch_size"]
+
+
+def test_attacks_on_all_updates_so_far_have_no_interval(tmp_path):
+    adapted = {"llg+rounds": "llg", "llg_plus+rounds": "llg_plus"}
+    spec = Spec(
+        rounds=6, attacks=["llg", "llg_plus", *adapted], adapted=adapted, accumulated=[*adapted]
+    )
+    frame = analysis.load(build(tmp_path / "run.h5", [spec]))
+    row = compare(frame, "llg_plus+rounds").iloc[0]
+    assert row["best"] == "llg+rounds"
+    assert row.filter(regex="low|high").isna().all()
+    assert "±" not in render_comparison(frame, "llg_plus+rounds").splitlines()[2]

@@ -229,6 +229,18 @@ def test_nothing_committed(tmp_path):
         load_attacked(path)
 
 
+def test_no_update_in_a_whole_run(tmp_path):
+    path = build(tmp_path / "run.h5", [Spec(rounds=3, dropout=1.0), Spec(rounds=2, dropout=1.0)])
+    with pytest.raises(UserError, match=r"no update arrived.*complete.*lower federation\.dropout"):
+        load_attacked(path)
+    path = build(tmp_path / "none.h5", [Spec(rounds=3, attacks=[])])
+    with pytest.raises(UserError, match=r"no attack was run in any round.* again with attacks$"):
+        load_attacked(path)
+    path = build(tmp_path / "new.h5.partial", [Spec(rounds=3, dropout=1.0)])
+    with pytest.raises(UserError, match="try again when the run is further"):
+        load_attacked(path)
+
+
 def test_several_files_share_their_columns(tmp_path):
     one = build(tmp_path / "one.h5", [Spec({"defense.noise": 0.5}, rounds=1)])
     two = build(tmp_path / "two.h5", [Spec({"labels.distribution": "natural"}, rounds=2)])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from build_file import Spec, build
 from launching import run_testbed, write_experiment
+from test_scenarios import share
 
 import analysis
 from analysis.__main__ import main
@@ -596,3 +597,9 @@ def test_usage(arguments, capsys):
         main(["replay", *arguments])
     assert caught.value.code == 2
     assert "usage: analysis replay" in capsys.readouterr().err
+
+
+def test_what_a_share_lacks_is_told_of_the_number_in_the_sweep(tmp_path):
+    path = share(tmp_path, [Spec(rounds=1)] * 2, "run", (1, 2))
+    with pytest.raises(UserError, match=r"scenario 1 has no observations/weight_gradient"):
+        replay(path, tmp_path / "more.h5", [{"name": "rlg"}])

@@ -4,6 +4,7 @@ import h5py
 import numpy as np
 import pytest
 from build_file import Builder, Spec, age, build, paper_sweep
+from test_scenarios import share
 
 from analysis.show import show
 
@@ -215,3 +216,22 @@ def test_swept_defences_are_a_column_and_cohorts_have_their_members(tmp_path):
         ["1", "secure_aggregation", "12", "10", "1/1"],
     ]
     assert "defences" not in lines
+
+
+def test_scenarios_of_a_share_have_their_numbers_in_the_sweep(tmp_path):
+    specs = [
+        Spec(
+            {"federation.batch_size": size},
+            rounds=1,
+            attacks=["llg", "lone", "idle"],
+            idle={"idle": "no bias"} if size == 8 else {},
+            broken={"lone": {"one label": "more"}} if size == 8 else {},
+            dropout=0.5 * (size == 8),
+        )
+        for size in (1, 2, 4, 8)
+    ]
+    text = show(share(tmp_path, specs, "run", (1, 2)))
+    assert [line[2] for line in text.splitlines()[-2:]] == ["1", "3"]
+    for head in ("not applicable", "broken assumptions", "drop-outs"):
+        (line,) = section(text, head)
+        assert "in scenario 3" in line

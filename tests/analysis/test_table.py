@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 from build_file import Spec, build
+from test_scenarios import share
 
 import analysis
 from analysis.bootstrap import bootstrap_interval
@@ -375,3 +376,60 @@ def test_attacks_on_all_updates_so_far_have_a_guess_of_their_own(tmp_path, rows)
         last = next(line for line in lines if line.startswith("uniform guess, accumulated"))
         assert last.split()[-2:] == ["-", f"{own:.3f}"]
     assert self_test(frame).startswith("self-test: oracle 1.000 in all 10 updates")
+
+
+def test_shares_of_an_experiment_are_one_file(tmp_path):
+    specs = [Spec({"federation.batch_size": size}, rounds=2) for size in (2, 4, 8, 16)]
+    parts = [share(tmp_path, specs, place, (place, 2)) for place in (1, 0)]
+    frame = analysis.load(*parts)
+    for per_seed in (False, True):
+        lines = render(frame, per_seed=per_seed).splitlines()
+        assert lines[0].split()[:2] == ["#", "batch_size"]
+        assert [line.split()[:2] for line in lines[2:6]] == [
+            *(["0", "2"], ["1", "4"], ["2", "8"], ["3", "16"])
+        ]
+    head = render(frame, rows="attacks").splitlines()[1]
+    assert head.split()[3:] == ["#0", "#1", "#2", "#3"]
+
+
+def test_scenarios_without_rows_are_told(tmp_path):
+    lost = Spec(rounds=3, dropout=1.0)
+    specs = [Spec(rounds=3), lost, Spec(rounds=3, attacks=[]), lost]
+    lines = render(analysis.load(build(tmp_path / "run.h5", specs))).splitlines()
+    assert "scenarios 1, 3: no update arrived to be attacked" in lines
+    assert "scenario 2: no attack was run" in lines
+    # Of several files, which one; of what is not committed yet, nothing.
+    other = build(tmp_path / "other.h5", specs[:2], committed=[3, 0])
+    one = build(tmp_path / "one.h5", specs[:2])
+    text = render(analysis.load(other, one))
+    assert "scenario 1 of one.h5: no update arrived to be attacked\n" in text
+    assert "of other.h5" not in text
+
+
+def test_rounds_of_one_training_are_pointed_out(tmp_path):
+    says = "rounds of one training are not independent: its intervals are about this training"
+    frames = {
+        (trained, rounds): analysis.load(
+            build(tmp_path / "run.h5", [Spec(rounds=rounds, trained=trained)])
+        )
+        for trained in (False, True)
+        for rounds in (1, 3)
+    }
+    assert [says in render(frame).splitlines() for frame in frames.values()] == [
+        *(False, False, False, True)
+    ]
+
+
+def test_attacks_on_all_updates_so_far_have_no_interval(tmp_path):
+    adapted = {"llg+rounds": "llg"}
+    spec = Spec(rounds=5, attacks=["llg", *adapted], adapted=adapted, accumulated=[*adapted])
+    frame = analysis.load(build(tmp_path / "run.h5", [spec]))
+    summary = summarise(frame).set_index("attack")
+    assert summary[["low", "high"]].notna().all(axis=1).to_dict() == {
+        "llg": True,
+        "llg+rounds": False,
+    }
+    assert render(frame).splitlines()[2].count("±") == 1
+    alone = render(frame[frame["attack"] == "llg+rounds"])
+    assert "5 updates" not in alone
+    assert "mean of 10 updates; no interval\n" in alone

@@ -180,3 +180,26 @@ def test_nothing_overlaps_or_is_cut_off(tmp_path, case):
             box = Text.get_window_extent(text, renderer).padded(-2)
             assert frame.contains(box.x0, box.y0)
             assert frame.contains(box.x1, box.y1)
+
+
+def test_scenarios_that_have_no_place_are_counted(tmp_path):
+    idle = dict.fromkeys(PLAIN, "withheld")
+    specs = [
+        *(APART[0], APART[1]),
+        dataclasses.replace(APART[0], idle=idle),
+        dataclasses.replace(APART[0], accuracy=None, swept={"defenses": TOP_K}),
+        dataclasses.replace(APART[0], dropout=1.0),
+    ]
+    frame = analysis.load(build(tmp_path / "run.h5", specs))
+    frame.loc[frame["scenario"] == 2, ["uniform", "random"]] = np.nan
+    with rc_context(STYLE):
+        figure = tradeoff_figure(frame, "A title")
+        some = tradeoff_figure(frame[frame["scenario"] == 2], "A title")
+    assert figure.legends[0].get_title().get_text().endswith("; 3 scenarios not drawn")
+    assert some.legends[0].get_title().get_text().endswith("; 2 scenarios not drawn")
+    for one in (figure, some):
+        assert not [line for line in one.axes[0].get_lines() if line.get_marker() == "x"]
+        assert "no attack applies" not in [text.get_text() for text in one.legends[0].get_texts()]
+    check_layout(figure)
+    whole, _ = draw(build(tmp_path / "whole.h5", APART))
+    assert "not drawn" not in whole.legends[0].get_title().get_text()
