@@ -1,12 +1,13 @@
 """SVHN with cropped digits, from its official MATLAB files."""
 
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from testbed.data.dataset import Dataset, check_counts, check_labels, kind_of, require_root
+from testbed.data.matlab import Variable, read_variables
 from testbed.errors import UserError
 
 _FILES = ("train_32x32.mat", "test_32x32.mat")
@@ -28,7 +29,7 @@ def load_svhn(root: Path | None) -> Dataset:
     Raises
     ------
     UserError
-        If the folder or a file is missing, damaged, or not one of SVHN, or SciPy is missing.
+        If the folder or a file is missing, damaged, or not one of SVHN.
 
     Notes
     -----
@@ -55,49 +56,38 @@ def load_svhn(root: Path | None) -> Dataset:
 
 def _read(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     try:
-        from scipy import io
-    except ImportError as error:
-        raise UserError(
-            f"data set 'svhn' is read with SciPy, which cannot be imported ({error}); "
-            "install it with: pip install scipy"
-        ) from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            _check_header(path, io.whosmat(str(path), appendmat=False))
-            content = io.loadmat(str(path), appendmat=False, variable_names=["X", "y"])
-    except UserError:
-        raise
-    # A damaged file can fail in any way that NumPy and zlib can.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        found = read_variables(path)
+        _check_header(path, found)
+        # The header's type and that of the stored numbers are two fields of the file.
+        if found["X"].stored_type() != np.uint8:
+            raise UserError(
+                f"{path}: 'X' holds {found['X'].stored_type()}, but its header says uint8: get the "
+                "file again"
+            )
+        images, labels = found["X"].values(), found["y"].values().ravel()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"{path}: not a readable MATLAB file ({reason}); expected the official one of SVHN "
             "(version 5): get it again"
         ) from error
-    images, labels = content["X"], content["y"].ravel()
-    # The header's type and that of the stored numbers are two fields of the file.
-    if images.dtype != np.uint8:
-        raise UserError(
-            f"{path}: 'X' holds {images.dtype}, but its header says uint8: get the file again"
-        )
     check_counts(path, images.shape[3], len(labels))
-    if labels.dtype.kind == "c" or not (np.isfinite(labels) & (labels == np.rint(labels))).all():
+    whole = np.isfinite(labels) & (labels == np.rint(labels))
+    if found["y"].is_complex or not whole.all():
         raise UserError(f"{path}: 'y' holds labels that are not whole; expected 1..10")
     check_labels(path, labels, 10, first=1)
     return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels.astype(np.int64) % 10
 
 
-def _check_header(path: Path, variables: list[tuple[str, tuple[int, ...], str]]) -> None:
+def _check_header(path: Path, found: Mapping[str, Variable]) -> None:
     """Refuse a file by the names, shapes and types in it, before memory is given to them."""
-    found = {name: (shape, kind) for name, shape, kind in variables}
     if missing := [name for name in ("X", "y") if name not in found]:
         names = ", ".join(repr(name[:20]) for name in sorted(found)[:8]) or "nothing"
         raise UserError(
             f"{path}: holds {names}, but no {' and no '.join(map(repr, missing))}; expected a file "
             "of SVHN's cropped digits (format 2)"
         )
-    shape, kind = found["X"]
+    shape, kind = found["X"].shape, found["X"].kind
     if kind != "uint8" or len(shape) != 4 or shape[:3] != _IMAGE or shape[3] < 1:
         raise UserError(
             f"{path}: 'X' is {kind} of shape {shape}; expected uint8 of shape (32, 32, 3, n)"
@@ -107,7 +97,7 @@ def _check_header(path: Path, variables: list[tuple[str, tuple[int, ...], str]])
             f"{path}: 'X' announces {shape[3]} images, more than a file of its size can hold: "
             "get it again"
         )
-    shape, kind = found["y"]
+    shape, kind = found["y"].shape, found["y"].kind
     if kind not in _NUMBERS or len(shape) != 2 or shape[1] != 1:
         raise UserError(f"{path}: 'y' is {kind} of shape {shape}; expected numbers of shape (n, 1)")
-    check_counts(path, found["X"][0][3], shape[0])
+    check_counts(path, found["X"].shape[3], shape[0])
