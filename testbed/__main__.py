@@ -1,6 +1,7 @@
 """The command line: ``python -m testbed run | check | data | list``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     try:
         status: int = options.command(options)
+        sys.stdout.flush()
     except UserError as error:
         from testbed.transport.environment import is_leader
 
@@ -36,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        sys.stderr.close()
+        # What is still buffered has nowhere to go: at exit Python would complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
 
