@@ -1,14 +1,19 @@
-"""The command line: ``python -m testbed run | check | data | list``."""
+"""The command line: ``python -m testbed run | resume | check | data | list``."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from testbed import __version__
 from testbed.data_commands import add_data_commands
 from testbed.errors import UserError
+
+# `testbed.begun` has them too, and imports more than --help should wait for.
+_MOVABLE = ("data.root", "results.commit_seconds")
 
 _EPILOG = """\
 examples:
@@ -67,12 +72,28 @@ def _parser() -> argparse.ArgumentParser:
         help="run every N-th scenario of the sweep from number I on (default: all, 0/1)",
     )
     run.add_argument(
-        "--progress",
-        choices=("auto", "live", "log", "none"),
-        default="auto",
-        help="a live line, lines in a log, or nothing (default: by where stderr leads)",
+        "--resume",
+        action="store_true",
+        help="go on with an earlier start of the same run; begin it if there is none",
     )
+    _add_running(run)
     run.set_defaults(command=_run)
+
+    resume = commands.add_parser(
+        "resume",
+        help="go on with a run that was stopped or killed, with any number of ranks",
+        description="Go on after the last committed round. The finished file is that of a run that "
+        "was never interrupted, to the bit, timings aside.",
+    )
+    resume.add_argument("output", type=Path, help="results file, with or without .partial")
+    resume.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help=f"keys that may change from start to start: {', '.join(_MOVABLE)}",
+    )
+    _add_running(resume)
+    resume.set_defaults(command=_resume)
 
     check = commands.add_parser("check", help="print what an experiment would do, without torch")
     _add_experiment(check)
@@ -84,6 +105,37 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("kind", choices=("attacks", "defenses", "models", "datasets"))
     listing.set_defaults(command=_list)
     return parser
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--progress",
+        choices=("auto", "live", "log", "none"),
+        default="auto",
+        help="a live line, lines in a log, or nothing (default: by where stderr leads)",
+    )
+    parser.add_argument(
+        "--on-rank-loss",
+        choices=("end", "continue"),
+        default="end",
+        help="what a dead client rank does to the run; continue takes mpirun --with-ft ulfm",
+    )
+    parser.add_argument(
+        "--deadline",
+        type=_seconds,
+        metavar="SECONDS",
+        help="in which a rank has to deliver an update, or is taken for lost (default: no limit)",
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected seconds above 0")
+    return seconds
 
 
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
@@ -102,22 +154,40 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.resume and options.overwrite:
+        raise UserError("--resume keeps what an earlier start has done, --overwrite discards it")
+    return _start(
+        options,
+        experiment=options.experiment,
+        output=options.output,
+        overwrite=options.overwrite,
+        profile=options.profile,
+        share=options.share,
+        resume=options.resume,
+    )
+
+
+def _resume(options: argparse.Namespace) -> int:
+    output = options.output.with_name(options.output.name.removesuffix(".partial"))
+    return _start(options, experiment=None, output=output, overwrite=False, resume=True)
+
+
+def _start(options: argparse.Namespace, **settings: Any) -> int:
+    from testbed.signals import StopSignal
+
+    # Before the imports that take seconds: a signal that comes early must not kill this rank.
+    stop = StopSignal().install()
     from testbed.run import RunOptions, run
     from testbed.transport.environment import connect
 
-    transport = connect()
-    return run(
-        transport,
-        RunOptions(
-            experiment=options.experiment,
-            overrides=options.overrides,
-            output=options.output,
-            overwrite=options.overwrite,
-            progress=options.progress,
-            profile=options.profile,
-            share=options.share,
-        ),
+    run_options = RunOptions(
+        overrides=options.overrides,
+        progress=options.progress,
+        on_rank_loss=options.on_rank_loss,
+        deadline=options.deadline,
+        **settings,
     )
+    return run(connect(), run_options, stop)
 
 
 def _check(options: argparse.Namespace) -> int:

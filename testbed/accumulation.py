@@ -4,6 +4,7 @@ Error feedback sends later what it held back, and unbiased noise averages out. T
 updates is an update of all their local steps, and its labels are those of all of them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from testbed.attacks.base import Observations
 from testbed.round import Round
+
+_SUMMED = ("row_sums", "bias", "weight", "counts")
 
 
 @dataclass
@@ -69,6 +72,43 @@ class Accumulated:
             total.counts += record.counts[row]
             total.believed += int(believed[row])
             total.steps += int(record.steps[row])
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the sums as arrays: of n clients, in the order in which they were first seen.
+
+        ``identities``, ``believed``, ``steps`` int64 [n]; ``counts`` int64 [n, C]; ``row_sums``
+        and, where there are any, ``bias`` float64 [n, C] and ``weight`` float64 [n, C, D].
+        """
+        sums = list(self._sums.values())
+        arrays = {
+            "identities": np.array(list(self._sums), np.int64),
+            "believed": np.array([one.believed for one in sums], np.int64),
+            "steps": np.array([one.steps for one in sums], np.int64),
+        }
+        for name in _SUMMED:
+            values = [getattr(one, name) for one in sums]
+            if sums and values[0] is not None:
+                arrays[name] = np.stack(values)
+        return arrays
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from what `state` returned.
+
+        `KeyError` or `ValueError` if that makes no sense.
+        """
+        numbers = [state[name].tolist() for name in ("identities", "believed", "steps")]
+        sums: dict[int, _Sum] = {}
+        for place, (identity, believed, steps) in enumerate(zip(*numbers, strict=True)):
+            parts = {name: state[name][place].copy() for name in _SUMMED if name in state}
+            sums[identity] = _Sum(
+                parts["row_sums"],
+                parts.get("bias"),
+                parts.get("weight"),
+                parts["counts"],
+                believed,
+                steps,
+            )
+        self._sums, self._rows = sums, {}
 
     def _no_weight(self, record: Round) -> NDArray[np.float64] | None:
         if record.weight is None or not self._weights:

@@ -128,6 +128,15 @@ class RoundAttacks:
             identities = np.zeros(1, np.int64) if cohort else record.identity
             self._accumulated.add(record, identities, self._believed_labels(record))
 
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the sums over rounds, for a checkpoint."""
+        return {} if self._accumulated is None else self._accumulated.state()
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from what `state` returned; `KeyError` or `ValueError` if that makes no sense."""
+        if self._accumulated is not None:
+            self._accumulated.restore(state)
+
     def run(self, number: int, record: Round, sent: NDArray[np.float32]) -> dict[str, Any]:
         """Attack a round; return the rows of its truth, observations and answers.
 

@@ -1,19 +1,23 @@
 """How a run fails: everywhere, at once, and with a message that says who, where and why."""
 
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from testbed.errors import UserError
-from testbed.transport.base import Transport
+from testbed.transport.base import RanksLost, RootLost, StopAsked, Transport
 
 T = TypeVar("T")
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+# Seconds.
+_PATIENCE = 2
 
 
 @dataclass
@@ -75,8 +79,11 @@ def guarded(transport: Transport, position: Position, body: Callable[[], None]) 
         body()
     except _Stopped:
         return EXIT_USER_ERROR
+    except StopAsked as stop:
+        transport.leave(stop.status)
+        return stop.status
     except BaseException as error:
-        who = f"rank {transport.rank} of {transport.size} on {transport.host}{position}"
+        who = f"rank {transport.number} of {transport.started} on {transport.host}{position}"
         status = EXIT_FAILURE
         if isinstance(error, UserError):
             print(f"error: {who}: {error}", file=sys.stderr, flush=True)
@@ -86,6 +93,12 @@ def guarded(transport: Transport, position: Position, body: Callable[[], None]) 
             report = "".join(traceback.format_exception(error))
             if isinstance(error, SystemExit):
                 what = f"left early, by sys.exit({error.code!r})"
+            elif isinstance(error, RanksLost):
+                if not transport.is_root:
+                    time.sleep(_PATIENCE)  # for the root, which tells it better, ends all ranks
+                what, report = f"{transport.blame(error)}; what is committed is readable", ""
+            elif isinstance(error, RootLost):
+                what, report = "the root has died; what is committed is readable", ""
             elif isinstance(error, KeyboardInterrupt):
                 what, report, status = "interrupted", "", EXIT_INTERRUPTED
             print(f"{report}error: {who}: {what}", file=sys.stderr, flush=True)

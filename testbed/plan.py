@@ -194,27 +194,32 @@ class ScenarioPlan:
         if self.fresh_model:
             return (task.round * self.clients + task.client) % workers
         if self.keeps_state and self.population > self.clients:
-            return self.participants(task.round).identities[task.client] % workers
+            return self.home(self.participants(task.round).identities[task.client], workers)
         return task.client % workers
+
+    def home(self, identity: int, workers: int) -> int:
+        """Return the worker of a client that keeps a state, by its number in the population."""
+        return identity % workers
 
     def round_tasks(self, round_: int) -> list[Task]:
         """Return the tasks of a round in the order in which their updates are taken in."""
         return [Task(self.index, round_, client) for client in self.participants(round_).arriving]
 
-    def tasks(self) -> Iterator[Task]:
-        """Yield all tasks in the order in which their updates are taken in."""
-        for round_ in range(self.rounds):
+    def tasks(self, start: int = 0) -> Iterator[Task]:
+        """Yield all tasks, from a round on, in the order in which their updates are taken in."""
+        for round_ in range(start, self.rounds):
             yield from self.round_tasks(round_)
 
-    def share(self, worker: int, workers: int) -> Iterator[tuple[int, list[Task]]]:
-        """Yield the rounds that need a worker, each with the worker's tasks in it.
+    def share(self, worker: int, workers: int, start: int = 0) -> Iterator[tuple[int, list[Task]]]:
+        """Yield the rounds that need a worker, from ``start`` on, with the worker's tasks in each.
 
-        Those of a sum by reduction need every worker: all of them take part in it.
+        Those of a sum by reduction need every worker: all of them take part in it. So does every
+        round where clients keep a state, for which the root may ask at any round.
         """
-        for round_ in range(self.rounds):
+        for round_ in range(start, self.rounds):
             tasks = self.round_tasks(round_)
             mine = [task for task in tasks if self.worker(task, workers) == worker]
-            if mine or self.reduces:
+            if mine or self.reduces or self.keeps_state:
                 yield round_, mine
 
     @property
@@ -224,7 +229,7 @@ class ScenarioPlan:
 
     def needed_by(self, round_: int, workers: int) -> list[int]:
         """Return the workers that need the model of a round, ascending."""
-        if self.reduces:
+        if self.reduces or self.keeps_state:
             return list(range(workers))
         return sorted({self.worker(task, workers) for task in self.round_tasks(round_)})
 
@@ -234,11 +239,14 @@ class ScenarioPlan:
         A broadcast hands a model on from rank to rank, which is the faster the larger the model
         and the more workers there are; a little data to few is there sooner without detours.
         """
-        everyone = self.reduces or (
-            not self.fresh_model
-            and self.clients >= workers
-            and self.scenario.federation.dropout == 0
-            and not (self.keeps_state and self.population > self.clients)
+        everyone = (
+            self.reduces
+            or self.keeps_state
+            or (
+                not self.fresh_model
+                and self.clients >= workers
+                and self.scenario.federation.dropout == 0
+            )
         )
         return everyone and workers * model_bytes > _DIRECT_BYTES
 

@@ -1,12 +1,13 @@
 """Models that are attacked at a stage of their training, which all ranks share out first."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from testbed.checkpoint import ModelKey
 from testbed.data import Sampler
 from testbed.plan import ScenarioPlan
 from testbed.seeds import Purpose, seed64, stream
@@ -15,12 +16,28 @@ from testbed.transport.base import Transport
 
 State = NDArray[np.float32]
 
+# Each rank trains so long, in steps or one model, before what it has is collected.
+_STEPS_AT_ONCE = 500
+
+
+class Saving(Protocol):
+    """Where trained models are saved."""
+
+    def models_due(self) -> bool:
+        """Return whether to save."""
+
+    def write_models(self, models: Mapping[ModelKey, State]) -> None:
+        """Save all models that there are."""
+
+    def stop_if_asked(self) -> None:
+        """End the run here, by an exception, if somebody has asked for that."""
+
 
 class Pretraining:
     """Trains the models of scenarios, each once, and keeps them on the root at every stage.
 
-    The model of round r is trained by rank r modulo the number of ranks; it depends on the seed
-    and on r alone. The root drops what no later scenario attacks.
+    The models are dealt out to the ranks; that of round r depends on the seed and on r alone. The
+    root drops what no later scenario attacks.
 
     Parameters
     ----------
@@ -28,16 +45,33 @@ class Pretraining:
         Of this rank.
     plans
         All scenarios of the run: those that differ in the number of steps share a training.
+    models
+        What an earlier start has trained; on the root.
+
+    Attributes
+    ----------
+    transport
+        To be replaced when ranks are lost.
     """
 
-    def __init__(self, transport: Transport, setups: Setups, plans: Sequence[ScenarioPlan]) -> None:
-        self._transport = transport
+    def __init__(
+        self,
+        transport: Transport,
+        setups: Setups,
+        plans: Sequence[ScenarioPlan],
+        models: Mapping[ModelKey, State] | None = None,
+    ) -> None:
+        self.transport = transport
         self._setups = setups
         self._plans = plans
-        self._states: dict[tuple[str, int, int], State] = {}
-        self._done: set[str] = set()
+        self._states: dict[ModelKey, State] = dict(models or {})
 
-    def prepare(self, plan: ScenarioPlan, announce: Callable[[str], None] | None = None) -> None:
+    def prepare(
+        self,
+        plan: ScenarioPlan,
+        announce: Callable[[str], None] | None = None,
+        saving: Saving | None = None,
+    ) -> None:
         """Train what a scenario needs and has not been trained yet; every rank calls this.
 
         Parameters
@@ -46,6 +80,8 @@ class Pretraining:
             The next scenario.
         announce
             Is told what is going on, on the root.
+        saving
+            Of the root: where models are saved while others are trained.
         """
         later = {
             (_key(other), other.pretraining_steps)
@@ -53,23 +89,40 @@ class Pretraining:
             if other.index >= plan.index
         }
         self._states = {k: state for k, state in self._states.items() if k[:2] in later}
-        key = _key(plan)
-        if plan.pretraining_steps is None or key in self._done:
+        if plan.pretraining_steps is None:
             return
-        self._done.add(key)
+        key = _key(plan)
         sharing = [other for other in self._plans if _key(other) == key]
-        steps = sorted({other.pretraining_steps or 0 for other in sharing})
+        steps = sorted(
+            {other.pretraining_steps or 0 for other in sharing if other.index >= plan.index}
+        )
         models = max(other.rounds if other.fresh_model else 1 for other in sharing)
-        if announce is not None and steps[-1]:
-            announce(f"training {models} model{'s' * (models > 1)} for {steps[-1]} steps")
+        # Only the root knows what there is, from before a loss or from an earlier start.
+        missing = self.transport.broadcast(
+            [
+                number
+                for number in range(models)
+                if any((key, step, number) not in self._states for step in steps)
+            ]
+        )
+        if announce is not None and missing and steps[-1]:
+            count = len(missing)
+            announce(f"training {count} model{'s' * (count > 1)} for {steps[-1]} steps")
         setup = self._setups.make(plan)
-        mine = range(self._transport.rank, models, self._transport.size)
-        states = [state for number in mine for state in _train(plan, setup, number, steps)]
-        for rank, found in enumerate(self._transport.collect(states)):
-            numbers = range(rank, models, self._transport.size)
-            labels = ((step, number) for number in numbers for step in steps)
-            for (step, number), state in zip(labels, found, strict=True):
-                self._states[key, step, number] = state
+        ranks = self.transport.size
+        # What is trained is collected now and then: it is saved, and not lost with a rank.
+        each = max(1, _STEPS_AT_ONCE // max(steps[-1], 1))
+        for start in range(0, len(missing), each * ranks):
+            part = missing[start : start + each * ranks]
+            mine = part[self.transport.rank :: ranks]
+            states = [state for number in mine for state in _train(plan, setup, number, steps)]
+            for rank, found in enumerate(self.transport.collect(states)):
+                labels = ((step, number) for number in part[rank::ranks] for step in steps)
+                for (step, number), state in zip(labels, found, strict=True):
+                    self._states[key, step, number] = state
+            if saving is not None and saving.models_due():
+                saving.write_models(self._states)
+                saving.stop_if_asked()
 
     def initial(self, plan: ScenarioPlan, number: int) -> State | None:
         """Return a round's model on the root; None where the scenario has no pretraining."""

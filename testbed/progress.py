@@ -34,19 +34,22 @@ class Progress:
     mode
         ``live``: one line that is rewritten; ``log``: lines at growing intervals; ``none``;
         ``auto``: live where a person is likely to look at a terminal, else log.
+    done
+        Rounds that an earlier start has recorded.
     """
 
-    def __init__(self, title: str, total: int, mode: str) -> None:
+    def __init__(self, title: str, total: int, mode: str, done: int = 0) -> None:
         if mode == "auto":
             mode = "live" if _on_terminal() else "log"
         self._title, self._total, self._mode = title, total, mode
-        self._done = 0
+        self._done = self._before = done
         self._scenario = -1
         self._started = self._shown = time.monotonic()
         self._pause, self._apart = _FIRST_PAUSE, 0.0
         self._bar: Bar | None = None
 
     def __enter__(self) -> "Progress":
+        self._before, self._apart = self._done, 0.0
         self._started = self._shown = time.monotonic()
         if self._mode == "live":
             # mpirun's pipes hide the terminal from rich; its width comes from the environment.
@@ -62,9 +65,12 @@ class Progress:
                 transient=False,
             )
             self._bar.start()
-            self._task = self._bar.add_task(self._title, total=self._total, rate="")
+            self._task = self._bar.add_task(
+                self._title, total=self._total, completed=self._done, rate=""
+            )
         elif self._mode == "log":
-            self._say(f"{self._title}: {self._total} rounds")
+            done = f", {self._done} done before" if self._done else ""
+            self._say(f"{self._title}: {self._total} rounds{done}")
         return self
 
     def advance(self, plan: ScenarioPlan) -> None:
@@ -87,6 +93,13 @@ class Progress:
             self._bar.refresh()
         elif self._mode == "log":
             self._say(text)
+
+    def note(self, text: str) -> None:
+        """Tell the user something, whatever the mode."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -118,7 +131,7 @@ class Progress:
         return f"{self._done}/{self._total} rounds"
 
     def _rate(self, now: float) -> str:
-        rate = self._done / max(now - self._started - self._apart, 1e-9)
+        rate = (self._done - self._before) / max(now - self._started - self._apart, 1e-9)
         left = _duration((self._total - self._done) / rate)
         for unit in ("s", "min"):
             if rate >= 0.95:

@@ -1,33 +1,35 @@
-"""A run: set up every rank, run the scenarios, fail everywhere where one rank fails."""
+"""A run: set up every rank, run the scenarios, fail everywhere where one rank fails.
 
-from collections.abc import Mapping, Sequence
+Also a run that goes on: after a stop or a crash, from its file; after the loss of ranks, from where
+it is. Both begin the scenario that is not done at the round that the root says.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.attacks.assumptions import assumptions, broken_assumptions, not_applicable
+from testbed.begun import Begun, check_same, find_begun, new_run
+from testbed.checkpoint import Checkpoints
 from testbed.errors import UserError
-from testbed.experiment import ResolvedExperiment, load_experiment, parse_experiment
+from testbed.experiment import load_experiment, parse_experiment
 from testbed.failure import Position, agree, guarded
+from testbed.headers import scenario_header
 from testbed.plan import ScenarioPlan, Task, make_plan
-from testbed.progress import Progress
 from testbed.results.provenance import provenance
-from testbed.results.schema import scenario_arrays, used_lengths
-from testbed.results.writer import (
-    AttackHeader,
-    RankHeader,
-    ResultsWriter,
-    ScenarioHeader,
-    check_output,
-)
-from testbed.transport.base import Transport, Worker
+from testbed.results.writer import RankHeader, ResultsWriter, ScenarioHeader, check_output
+from testbed.root import Beginning, Root, RunStopped
+from testbed.signals import StopSignal
+from testbed.transport.base import ClientState, Lost, RanksLost, Transport, Worker
 from testbed.update import Message
 
 if TYPE_CHECKING:  # these import torch
+    from testbed.pretraining import Pretraining
     from testbed.startup import ScenarioSetup, Setups
 
 
@@ -38,7 +40,8 @@ class RunOptions:
     Attributes
     ----------
     experiment, overrides, profile
-        The experiment file, ``key=value`` overrides of it, and which of its profiles to take.
+        The experiment file, ``key=value`` overrides of it, and which of its profiles to take. None
+        takes the experiment from the results file of an earlier start.
     output
         The results file.
     overwrite
@@ -47,52 +50,117 @@ class RunOptions:
         ``auto``, ``live``, ``log`` or ``none``; see `testbed.progress`.
     share
         (i, n): which of n shares of the scenarios to run; see `testbed.plan.make_plan`.
+    resume
+        Whether to go on with what an earlier start has left under this name.
+    on_rank_loss
+        Whether the run ends or goes on when another rank than the root is lost.
+    deadline
+        See `Transport`.
     """
 
-    experiment: Path
+    experiment: Path | None
     overrides: Sequence[str]
     output: Path
     overwrite: bool
     progress: str
     profile: str | None = None
     share: tuple[int, int] = (0, 1)
+    resume: bool = False
+    on_rank_loss: Literal["end", "continue"] = "end"
+    deadline: float | None = None
 
 
-def run(transport: Transport, options: RunOptions) -> int:
+@dataclass(frozen=True)
+class _Job:
+    """What is to be run, as the root tells it to the other ranks."""
+
+    experiment: str
+    begun: Begun
+    resuming: bool
+
+
+def run(transport: Transport, options: RunOptions, stop: StopSignal | None = None) -> int:
     """Run an experiment on this rank, and return its exit status; every rank calls this.
 
     An error of the user's is reported once, by the root, and ends all ranks with status 2 before
     any of them computes. Any other exception ends all ranks with status 1; see `guarded`.
+
+    Parameters
+    ----------
+    transport
+        Connects the ranks.
+    options
+        The same on every rank.
+    stop
+        Notes signals that ask for the end of the run.
     """
     position = Position()
+    stop = stop or StopSignal()
+    stop.heeded = transport.is_root
+    transport.deadline = options.deadline
 
     def body() -> None:
-        text = agree(transport, lambda: _read(transport, options))
-        resolved = parse_experiment(transport.broadcast(text))
-        _Run(transport, options, resolved, position).execute()
+        if options.on_rank_loss == "continue" and transport.cannot_recover():
+            agree(transport, lambda: _refuse(transport.cannot_recover()))
+        job = transport.broadcast(agree(transport, lambda: _read(transport, options)))
+        assert job is not None
+        if job.begun.complete:
+            return
+        _Run(transport, options, job, position, stop).execute()
 
     return guarded(transport, position, body)
 
 
-def _read(transport: Transport, options: RunOptions) -> str:
-    text = ""
-    if transport.is_root:
-        check_output(options.output, overwrite=options.overwrite)
-        resolved = load_experiment(options.experiment, options.overrides, options.profile)
-        resolved.require_data()
-        if options.share[0] >= len(resolved.points):
-            raise UserError(
-                f"--share {options.share[0]}/{options.share[1]}: the experiment has only "
-                f"{len(resolved.points)} scenarios: there is none in this share"
-            )
-        text = resolved.to_yaml()
+def _refuse(reason: str) -> None:
+    raise UserError(f"--on-rank-loss continue: {reason}")
+
+
+def _read(transport: Transport, options: RunOptions) -> _Job | None:
+    job = _job(options) if transport.is_root else None
+    if job is not None and job.begun.complete:
+        return job
     try:
         import torch  # noqa: F401 - takes seconds, on all ranks at once
     except ImportError as error:
         raise UserError(
             f"PyTorch cannot be imported ({error}), and rounds need it: pip install '.[run]'"
         ) from None
-    return text
+    return job
+
+
+def _job(options: RunOptions) -> _Job:
+    """Return what is to be run; on the root."""
+    begun = find_begun(options.output) if options.resume else None
+    if options.experiment is not None:
+        resolved = load_experiment(options.experiment, options.overrides, options.profile)
+    elif begun is not None:
+        resolved = parse_experiment(begun.experiment, options.overrides, str(options.output))
+    else:
+        raise UserError(
+            f"{options.output}: no such file, nor {options.output.name}.partial: there is nothing "
+            "to resume"
+        )
+    if begun is not None:
+        check_same(options.output, begun.experiment, resolved)
+        if options.experiment is not None and begun.share != options.share:
+            found, expected = ("{}/{}".format(*share) for share in (begun.share, options.share))
+            raise UserError(
+                f"{options.output}: the run has the share {found}, and --share is {expected}: "
+                "choose another name"
+            )
+        if begun.complete:
+            print(f"{options.output}: the run is complete", file=sys.stderr)
+            return _Job("", begun, resuming=False)
+        resolved.require_data()
+        return _Job(resolved.to_yaml(), begun, resuming=True)
+    check_output(options.output, overwrite=options.overwrite)
+    resolved.require_data()
+    if options.share[0] >= len(resolved.points):
+        raise UserError(
+            f"--share {options.share[0]}/{options.share[1]}: the experiment has only "
+            f"{len(resolved.points)} scenarios: there is none in this share"
+        )
+    return _Job(resolved.to_yaml(), new_run(resolved, options.share), resuming=False)
 
 
 class _Run:
@@ -102,24 +170,70 @@ class _Run:
         self,
         transport: Transport,
         options: RunOptions,
-        resolved: ResolvedExperiment,
+        job: _Job,
         position: Position,
+        stop: StopSignal,
     ) -> None:
         self._transport = transport
         self._options = options
-        self._resolved = resolved
+        self._job = job
         self._position = position
-        self._plans = make_plan(resolved, options.share)
+        self._stop = stop
+        self._resolved = parse_experiment(job.experiment)
+        self._plans = make_plan(self._resolved, job.begun.share)
+        self._root: Root | None = None
+        self._setups: Setups | None = None
+        self._pretraining: Pretraining | None = None
+        # Losses before there is a file to tell them in.
+        self._early: list[tuple[Sequence[Lost], float]] = []
 
     def execute(self) -> None:
         """Set up, run all scenarios, and give the file its name."""
+        try:
+            while not self._attempt():
+                pass
+        except RunStopped:
+            assert self._root is not None
+            self._root.close()
+            self._transport.stop(self._root.stopped())
+        finally:
+            if self._root is not None:
+                self._root.close()
+
+    def _attempt(self) -> bool:
+        """Run what is left; return whether it is done, or ranks were lost and it goes on."""
+        try:
+            if not all(self._transport.gather(self._setups is not None)):
+                self._set_up()
+            self._run_scenarios()
+            if self._root is not None:
+                self._root.complete()
+            self._transport.finish()
+        except RanksLost as lost:
+            self._recover(lost)
+            return False
+        return True
+
+    def _recover(self, lost: RanksLost) -> None:
+        if self._options.on_rank_loss == "end":
+            raise lost
+        since = time.monotonic()
+        self._transport, gone = self._transport.recover(lost)
+        if self._pretraining is not None:
+            self._pretraining.transport = self._transport
+        if self._root is not None:
+            self._root.lost(gone, since, self._transport.size)
+        elif self._transport.is_root:
+            self._early.append((gone, since))
+
+    def _set_up(self) -> None:
         import torch
 
         from testbed.pretraining import Pretraining
         from testbed.startup import Setups
-        from testbed.summing import message_capacity
         from testbed.transport.placement import place
 
+        self._setups = None
         transport, compute = self._transport, self._resolved.experiment.compute
         placement = agree(
             transport,
@@ -139,85 +253,118 @@ class _Run:
             role = "server" if transport.size > 1 else "server+client"
         here = RankHeader(transport.host, placement.description, role, transport.local_rank)
         ranks = transport.gather(here)
+        models = None
         if transport.is_root:
-            self._serve(setups, headers, ranks)
-        else:
-            pretraining = Pretraining(transport, setups, self._plans)
-            for plan in self._plans:
-                self._position.scenario, self._position.round = plan.index, None
-                pretraining.prepare(plan)
-                setup = setups.make(plan)
-                worker = self._worker(plan, setup)
-                transport.serve(plan, setup.layout, worker, capacity=message_capacity(plan, setup))
-        transport.finish()
+            if self._root is None:
+                self._root = self._open(headers, ranks)
+            models = self._root.saved_models()
+        self._pretraining = Pretraining(transport, setups, self._plans, models)
+        self._setups = setups
 
     def _prepare(self, setups: "Setups") -> list[ScenarioHeader]:
         """Load the data, and try out the models: all of them on the root, the first elsewhere."""
         setups.load_data(self._plans)
         if self._transport.is_root:
-            return [_header(plan, setups) for plan in self._plans]
+            begun = parse_experiment(self._job.begun.experiment).points
+            return [
+                scenario_header(plan, setups, begun[plan.index].scenario) for plan in self._plans
+            ]
         setups.make(self._plans[0])
         return []
 
-    def _worker(self, plan: ScenarioPlan, setup: "ScenarioSetup") -> Worker:
+    def _open(self, headers: Sequence[ScenarioHeader], ranks: Sequence[RankHeader]) -> Root:
+        """Begin the results file, or go on with it."""
+        experiment, begun, output = self._resolved.experiment, self._job.begun, self._options.output
+        attributes = {
+            **provenance(experiment.title, begun.experiment, self._transport.library),
+            "share": "{}/{}".format(*begun.share),
+            "run": begun.run,
+        }
+        arguments: dict[str, Any] = {
+            "attributes": attributes,
+            "ranks": ranks,
+            "scenarios": headers,
+            "commit_seconds": experiment.results.commit_seconds,
+        }
+        if self._job.resuming:
+            writer = ResultsWriter.resume(output, **arguments)
+        else:
+            writer = ResultsWriter(output, overwrite=self._options.overwrite, **arguments)
+        checkpoints = Checkpoints(output, begun.run, experiment.results.checkpoint_seconds)
+        if not self._job.resuming:
+            checkpoints.remove()  # of a run that this one replaces
+        return Root(
+            writer,
+            checkpoints,
+            experiment,
+            self._plans,
+            self._position,
+            self._stop,
+            self._options.progress,
+        )
+
+    def _run_scenarios(self) -> None:
+        root = self._root
+        if root is None:
+            self._work(None)
+            return
+        for gone, since in self._early:
+            root.lost(gone, since, self._transport.size)
+        self._early.clear()
+        with root.progress:
+            self._work(root)
+
+    def _work(self, root: Root | None) -> None:
+        transport = self._transport
+        assert self._pretraining is not None
+        begin = transport.broadcast(Beginning(0) if root is None else root.beginning())
+        for plan in self._plans[begin.position :]:
+            self._position.scenario, self._position.round = plan.index, None
+            setup = self._make(plan, root)
+            worker = None
+            if root is None or transport.size == 1:
+                worker = self._worker(plan, setup, copy=root is not None)
+            if begin.states:
+                states = {} if root is None else root.states(plan, transport.workers)
+                found = transport.distribute(states)
+                if worker is not None:
+                    worker.states.update(found)
+            if root is None:
+                assert worker is not None
+                self._serve(plan, setup, worker, begin.round)
+            else:
+                root.run(transport, plan, setup, self._pretraining, worker, begin.round)
+            begin = Beginning(begin.position + 1)
+
+    def _make(self, plan: ScenarioPlan, root: Root | None) -> "ScenarioSetup":
+        """Train the scenario's models, if it has any to be trained, and make its set-up."""
+        assert self._pretraining is not None
+        assert self._setups is not None
+        if root is None:
+            self._pretraining.prepare(plan)
+        else:
+            if plan.pretraining_steps is not None:
+                root.commit()  # what is done should not wait for a long training
+            with root.progress.apart():
+                self._pretraining.prepare(plan, root.progress.announce, root.saving)
+        return self._setups.make(plan)
+
+    def _worker(self, plan: ScenarioPlan, setup: "ScenarioSetup", *, copy: bool) -> Worker:
         from testbed.client import ClientWorker
 
-        return _Reporting(ClientWorker(plan, setup, self._transport.rank), self._position)
+        if copy:
+            # On a module of its own: the attacks must not touch a client's.
+            assert self._setups is not None
+            setup = self._setups.make(plan, copy=True)
+        return _Reporting(ClientWorker(plan, setup, self._transport.number), self._position)
 
     def _serve(
-        self, setups: "Setups", headers: Sequence[ScenarioHeader], ranks: Sequence[RankHeader]
+        self, plan: ScenarioPlan, setup: "ScenarioSetup", worker: Worker, start: int
     ) -> None:
-        from testbed.pretraining import Pretraining
-        from testbed.server import ScenarioServer
         from testbed.summing import message_capacity
 
-        transport, experiment = self._transport, self._resolved.experiment
-        writer = ResultsWriter(
-            self._options.output,
-            attributes={
-                **provenance(experiment.title, self._resolved.to_yaml(), transport.library),
-                "share": "{}/{}".format(*self._options.share),
-            },
-            ranks=ranks,
-            scenarios=headers,
-            overwrite=self._options.overwrite,
-            commit_seconds=experiment.results.commit_seconds,
-        )
-        total = sum(plan.rounds for plan in self._plans)
-        pretraining = Pretraining(transport, setups, self._plans)
-        try:
-            with Progress(experiment.title, total, self._options.progress) as progress:
-                for plan in self._plans:
-                    self._position.scenario, self._position.round = plan.index, None
-                    if plan.pretraining_steps is not None:
-                        writer.commit()  # what is done should not wait for a long training
-                    with progress.apart():
-                        pretraining.prepare(plan, progress.announce)
-                    setup = setups.make(plan)
-                    worker = None
-                    if transport.size == 1:
-                        # On a module of its own: the attacks must not touch a client's.
-                        worker = self._worker(plan, setups.make(plan, copy=True))
-                    with transport.open(
-                        plan,
-                        setup.layout,
-                        worker,
-                        buffers=experiment.compute.receive_buffers,
-                        capacity=message_capacity(plan, setup),
-                    ) as downlink:
-                        server = ScenarioServer(
-                            plan,
-                            setup,
-                            downlink,
-                            transport.workers,
-                            writer,
-                            partial(pretraining.initial, plan),
-                        )
-                        for _ in server.rounds(self._position):
-                            progress.advance(plan)
-            writer.complete()
-        finally:
-            writer.close()
+        capacity = message_capacity(plan, setup)
+        self._transport.serve(plan, setup.layout, worker, capacity=capacity, start=start)
 
 
 class _Reporting:
@@ -226,6 +373,11 @@ class _Reporting:
     def __init__(self, worker: Worker, position: Position) -> None:
         self._worker = worker
         self._position = position
+
+    @property
+    def states(self) -> dict[int, ClientState]:
+        """See `Worker`."""
+        return self._worker.states
 
     def load(self, model: NDArray[np.float32]) -> None:
         """See `Worker`."""
@@ -241,89 +393,6 @@ class _Reporting:
     def take_sum(self) -> NDArray[Any]:
         """See `Worker`."""
         return self._worker.take_sum()
-
-
-def _header(plan: ScenarioPlan, setups: "Setups") -> ScenarioHeader:
-    from testbed.attacking import attack_entries
-    from testbed.budget import scenario_budget
-    from testbed.server import scenario_facts
-    from testbed.startup import lowest_feature
-
-    setup = setups.make(plan)
-    setup.auxiliary()  # an error of the user's is told before any rank computes
-    layout = setup.layout
-    entries = attack_entries(plan, setup)
-    facts = scenario_facts(plan, setup, lowest_feature(plan, setup))
-    idle = {label: not_applicable(entry.attack, facts) for label, entry in entries.items()}
-    arrays = scenario_arrays(
-        bias=layout.bias is not None,
-        weight=plan.keeps_weights,
-        statistics=plan.keeps_weights and layout.buffers > 0,
-        update=plan.keeps_updates,
-        member=plan.summed is not None,
-        accumulated=any(entry.accumulated for entry in entries.values()),
-        varying=plan.varying_steps,
-        attacks={
-            label: (entry.attack.answers.value, {} if idle[label] else entry.attack.arrays())
-            for label, entry in entries.items()
-        },
-    )
-    lengths = used_lengths(
-        arrays,
-        {
-            "round": plan.rounds,
-            "client": plan.observed,
-            "member": plan.clients,
-            "class": layout.classes,
-            "feature": layout.features,
-            "buffer": layout.buffers,
-            "parameter": layout.size,
-        },
-    )
-    return ScenarioHeader(
-        number=plan.index,
-        draws=plan.draws,
-        swept=plan.swept,
-        parameters={
-            **_flatten(plan.scenario.model_dump(mode="json")),
-            "model.init": plan.scenario.model.initialisation,
-        },
-        model_parameters=layout.parameters,
-        model_buffers=layout.buffers,
-        last_layer=setup.model.last_layer.name,
-        lengths=lengths,
-        arrays=arrays,
-        attacks={
-            label: AttackHeader(
-                name=entry.attack.name,
-                title=entry.attack.title,
-                knowledge=entry.attack.knowledge.value,
-                source=entry.attack.source,
-                options=entry.attack.options(),
-                answers=entry.attack.answers.value,
-                observes=sorted(part.value for part in entry.attack.observes),
-                assumes=sorted(item.value for item in assumptions(entry.attack)),
-                broken=broken_assumptions(entry.attack, facts),
-                not_applicable=idle[label],
-                target="accumulated" if entry.accumulated else "update",
-                adapted=entry.adapted,
-                adaptation=entry.adaptation,
-            )
-            for label, entry in entries.items()
-        },
-        privacy=scenario_budget(plan, setup),
-    )
-
-
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _pinned(size: int) -> NDArray[np.uint8]:

@@ -23,6 +23,13 @@ def _no_bool(value: object) -> object:
     return value
 
 
+def _expanded(root: Path | None) -> Path | None:
+    try:
+        return root.expanduser() if root is not None else None
+    except RuntimeError:
+        raise ValueError("there is no such user, or no home folder") from None
+
+
 # Numbers of rounds and clients travel in 32 bits.
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, lt=2**31)]
 Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
@@ -65,7 +72,7 @@ class DataSection(Section):
     @pydantic.field_validator("root")
     @classmethod
     def _home(cls, root: Path | None) -> Path | None:
-        return root.expanduser() if root is not None else None
+        return _expanded(root)
 
     @pydantic.model_validator(mode="after")
     def _known_variant(self) -> "DataSection":
@@ -196,7 +203,7 @@ class AdversarySection(Section):
     @pydantic.field_validator("auxiliary_root")
     @classmethod
     def _home(cls, root: Path | None) -> Path | None:
-        return root.expanduser() if root is not None else None
+        return _expanded(root)
 
     @property
     def knows_size(self) -> bool:
@@ -455,3 +462,5 @@ class ResultsSection(Section):
 
     observations: Literal["summary", "last_layer", "full"] = "summary"
     commit_seconds: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=3600)] = 1.0
+    checkpoint_seconds: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=86400)] = 60.0
+    mode: Literal["auto", "swmr", "flush"] = "auto"

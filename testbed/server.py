@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from testbed.attacking import RoundAttacks
 from testbed.attacks.adversary import GlobalModel
 from testbed.attacks.assumptions import Facts
+from testbed.checkpoint import ScenarioState
 from testbed.data.batches import steps_of
 from testbed.failure import Position
 from testbed.local_training import local_optimizer
@@ -25,6 +26,23 @@ from testbed.transport.base import Downlink
 from testbed.update import Message
 
 
+class Checkpoint(Protocol):
+    """Where a scenario's state is saved."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody has asked for the end of the run."""
+
+    def due(self) -> bool:
+        """Return whether to save."""
+
+    def write(self, scenario: int, state: ScenarioState) -> None:
+        """Save the state of a scenario, by its number in the results file."""
+
+    def stop_if_asked(self) -> None:
+        """End the run here, by an exception, if somebody has asked for that."""
+
+
 class ScenarioServer:
     """Runs the rounds of one scenario on the root.
 
@@ -34,32 +52,38 @@ class ScenarioServer:
         The scenario's rounds.
     setup
         Its model, data and attacks.
-    downlink
-        To the workers.
     workers
-        Their number.
+        How many workers there are.
     writer
-        Of the results file.
+        Of the results file. Rounds that it has are gone through for what later ones need of them,
+        and neither attacked nor written again.
     initial
         Returns a round's model where it is a stage of a training, else None.
+    checkpoint
+        Says whether it is time for one (asked between two rounds), and saves a state.
+
+    Attributes
+    ----------
+    number
+        The next round. After `RanksLost`, `rounds` goes on with it; but not where clients keep
+        states, which are lost with a rank and have to be restored everywhere.
     """
 
     def __init__(
         self,
         plan: ScenarioPlan,
         setup: ScenarioSetup,
-        downlink: Downlink,
         workers: int,
         writer: ResultsWriter,
         initial: Callable[[int], NDArray[np.float32] | None] = lambda _: None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self._plan = plan
         self._setup = setup
         self._layout = setup.layout
-        self._downlink = downlink
-        self._workers = workers
         self._writer = writer
         self._initial = initial
+        self._checkpoint = checkpoint
         federation = plan.scenario.federation
         self._adversary = GlobalModel(
             setup.model,
@@ -87,38 +111,100 @@ class ScenarioServer:
             epsilon=section.epsilon,
             size=setup.layout.parameters,
         )
+        self.number = 0
         self._published = 0
-        self._publish_seconds = 0.0
+        # Rounds before which the workers send the states of their clients.
+        self._wanted: set[int] = set()
+        self._publish_seconds = self._write_seconds = 0.0
 
-    def rounds(self, position: Position) -> Iterator[int]:
+    def restore(self, state: ScenarioState) -> None:
+        """Go on from a checkpoint; before `rounds`.
+
+        Raises
+        ------
+        ValueError
+            It is of another scenario.
+        """
+        if state.model.shape != (self._layout.size,) or state.round > self._plan.rounds:
+            raise ValueError(f"a model of {len(state.model)} values in round {state.round}")
+        self._optimizer.restore(state.optimizer)
+        self._attacks.restore(state.accumulated)
+        self.number = state.round
+        self._slot(state.round)[:] = state.model
+
+    def skip(self, number: int) -> None:
+        """Begin with a later round; only where every round has a model of its own."""
+        assert self._plan.fresh_model
+        self.number = number
+
+    def rounds(self, downlink: Downlink, position: Position) -> Iterator[int]:
         """Run the scenario; yield the number of each round when it has been recorded.
 
         Parameters
         ----------
+        downlink
+            To the workers, which begin with the same round.
         position
             Is kept up to date, for the report of a failure.
         """
+        self._downlink = downlink
         position.scenario = self._plan.index
-        written = 0.0
-        self._publish_until(self._window)
-        for number in range(self._plan.rounds):
-            position.round = number
+        self._published = self.number  # whatever was under way before has been lost
+        self._wanted.clear()
+        self._publish_until(self.number + self._window)
+        while self.number < self._plan.rounds:
+            number = position.round = self.number
+            self._save(number)
             record = self._collect(number)
             # Before the attacks, so that they work while the clients compute.
             self._publish_until(number + 1 + self._window)
             record.clock.seconds["publish"], self._publish_seconds = self._publish_seconds, 0.0
             self._attacks.take(record)
-            rows: dict[str, Any] = {}
-            if self._plan.is_attacked(number):
-                rows = self._attacks.run(number, record, self._slot(number))
-            rows |= self._evaluate(number, record)
-            record.clock.seconds["write"] = written
-            started = time.perf_counter()
-            self._writer.append(self._plan.position, number, rows | record.measured())
+            recorded = number < self._writer.recorded(self._plan.position)
+            if not recorded:
+                self._record(number, record)
             # What was observed is not to be held while the next round's updates come in.
-            del record, rows
-            written = time.perf_counter() - started
-            yield number
+            del record
+            self.number = number + 1
+            if not recorded:
+                yield number
+
+    def _record(self, number: int, record: Round) -> None:
+        """Attack and evaluate, and hand everything to the writer."""
+        rows: dict[str, Any] = {}
+        if self._plan.is_attacked(number):
+            rows = self._attacks.run(number, record, self._slot(number))
+        rows |= self._evaluate(number, record)
+        record.clock.seconds["write"], self._write_seconds = self._write_seconds, 0.0
+        started = time.perf_counter()
+        self._writer.append(self._plan.position, number, rows | record.measured())
+        self._write_seconds += time.perf_counter() - started
+
+    def _save(self, number: int) -> None:
+        """Save what this round depends on, if it is time."""
+        if self._checkpoint is None:
+            return
+        if self._plan.fresh_model:
+            due = self._checkpoint.stopping
+        elif self._plan.keeps_state:
+            due = number in self._wanted
+        else:
+            due = self._checkpoint.due()
+        if not due:
+            return
+        started = time.perf_counter()
+        self._writer.commit()
+        if not self._plan.fresh_model:
+            state = ScenarioState(
+                round=number,
+                model=self._slot(number),
+                optimizer=self._optimizer.state(),
+                accumulated=self._attacks.state(),
+                clients=self._downlink.states() if self._plan.keeps_state else {},
+            )
+            self._checkpoint.write(self._plan.position, state)
+        self._write_seconds += time.perf_counter() - started
+        self._checkpoint.stop_if_asked()
 
     def _slot(self, number: int) -> NDArray[np.float32]:
         model: NDArray[np.float32] = self._models[number % len(self._models)]
@@ -135,7 +221,9 @@ class ScenarioServer:
                     self._setup.initialise(torch.from_numpy(model), key)
                 else:
                     model[:] = trained
-            self._downlink.publish(number, model)
+            if self._plan.keeps_state and self._checkpoint is not None and self._checkpoint.due():
+                self._wanted.add(number)
+            self._downlink.publish(number, model, wants_states=number in self._wanted)
             self._published = number + 1
         self._publish_seconds += time.perf_counter() - started
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,20 +32,49 @@ def data_root() -> Path:
     return root
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests that are about a GPU where there is none; the summary says how many."""
-    about_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not about_gpu:
-        return
+def _sees_gpu() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
-        items[:] = [item for item in items if item not in about_gpu]
-        config.hook.pytest_deselected(items=about_gpu)
+    return bool(torch.cuda.is_available())
+
+
+def _has_ulfm() -> bool:
+    from launching import has_ulfm
+
+    return has_ulfm()
+
+
+_NEEDS = {
+    "gpu": ("only where PyTorch sees a GPU; left out elsewhere", _sees_gpu),
+    "ulfm": ("only where mpirun is an Open MPI with ULFM; left out elsewhere", _has_ulfm),
+}
+_RANKS = {
+    "mpi": "starts ranks, and is run under every MPI",
+    "ranks": "starts ranks; what it shows does not depend on the MPI",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests of what this machine has not; the summary says how many."""
+    for name, (_, has) in _NEEDS.items():
+        needy = [item for item in items if item.get_closest_marker(name)]
+        if needy and not has():
+            items[:] = [item for item in items if item not in needy]
+            config.hook.pytest_deselected(items=needy)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let only tests start ranks that are marked so: the pass under MPICH selects by it."""
+    launching = sys.modules.get("launching")
+    if launching is not None:
+        launching.may_start_ranks = any(mark.name in _RANKS for mark in item.iter_markers())
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: only where PyTorch sees a GPU; left out elsewhere")
+    for name, (what, _) in _NEEDS.items():
+        config.addinivalue_line("markers", f"{name}: {what}")
+    for name, what in _RANKS.items():
+        config.addinivalue_line("markers", f"{name}: {what}")
     # A shell ignores it in what it starts in the background, and programs under test inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("CI"):

@@ -1,6 +1,7 @@
 """Models that fail on purpose; tests copy this file beside their experiment."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,7 +16,9 @@ class Failing(torch.nn.Module):
         self.body = torch.nn.Flatten()
         self.classifier = torch.nn.Linear(64, classes)
         self.fault, self.after = fault, after
-        self.here = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == rank
+        # Of Open MPI's mpirun, or of MPICH's.
+        here = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK", "0")
+        self.here = int(here) == rank
         self.calls = 0
         if self.here and fault == "build":
             raise ValueError("this model cannot be built on purpose")
@@ -32,6 +35,11 @@ class Failing(torch.nn.Module):
                 sys.exit(0)
             if self.fault == "os._exit":
                 os._exit(0)
+            if self.fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.fault == "stop":
+                self.fault = "none"  # should somebody let it go on
+                os.kill(os.getpid(), signal.SIGSTOP)
             if self.fault == "nan":
                 return logits * float("nan")
         return logits

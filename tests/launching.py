@@ -1,7 +1,11 @@
 """Starts the real program, alone or under a real mpirun, and looks at what it left."""
 
 import contextlib
+import functools
+import importlib
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +18,13 @@ import h5py
 import numpy as np
 import yaml
 
+from testbed.__main__ import main
+
 MPIRUN = str(Path(sys.executable).with_name("mpirun"))
 if not Path(MPIRUN).exists():
     MPIRUN = "mpirun"
+# Whether the test that runs is marked as one that does: conftest.py says so.
+may_start_ranks = True
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,26 @@ class Finished:
     out: str
     err: str
     seconds: float
+
+
+@functools.cache
+def launcher():
+    """Return what `mpirun --version` says: of Open MPI, or of Hydra, which is MPICH's."""
+    return subprocess.run([MPIRUN, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def is_open_mpi():
+    """Return whether mpirun is Open MPI's."""
+    return "Open MPI" in launcher()
+
+
+def has_ulfm():
+    """Return whether mpirun is that of an Open MPI which survives the loss of ranks."""
+    info = str(Path(MPIRUN).with_name("ompi_info")) if "/" in MPIRUN else "ompi_info"
+    if not is_open_mpi() or not shutil.which(info):
+        return False
+    said = subprocess.run([info, "--parsable"], capture_output=True, text=True, check=True).stdout
+    return "ft_mpi_support:yes" in said
 
 
 def environment():
@@ -47,13 +75,44 @@ def environment():
 
 def command(*arguments, ranks=None):
     """Return the command line of the testbed, under mpirun where ranks are given."""
-    start = [MPIRUN, "-n", str(ranks)] if ranks else []
-    return [*start, sys.executable, "-m", "testbed", *map(str, arguments)]
+    line = [sys.executable, "-m", "testbed", *map(str, arguments)]
+    return under_mpirun(line, ranks) if ranks else line
+
+
+def under_mpirun(line, ranks, *options):
+    """Return a command line that starts another one as ranks."""
+    assert may_start_ranks, "tests that start ranks are marked: pytest.mark.mpi (or ranks)"
+    return [MPIRUN, *options, "-n", str(ranks), *line]
 
 
 def run_testbed(*arguments, ranks=None, cwd=None, timeout=120):
     """Run the testbed to its end. A hang is a failure of the test: it is killed, and raises."""
     return finish(command(*arguments, ranks=ranks), cwd=cwd, timeout=timeout)
+
+
+def run_here(*arguments, cwd="."):
+    """Run the testbed in this process: where the test is of results or of messages.
+
+    Modules that an experiment finds in the folder ``cwd`` are forgotten afterwards.
+    """
+    before, paths = set(sys.modules), list(sys.path)
+    out, err = io.StringIO(), io.StringIO()
+    started = time.monotonic()
+    try:
+        with (
+            contextlib.chdir(cwd),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            status = main([*map(str, arguments)])
+    finally:
+        sys.path[:] = paths
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).parent == Path(cwd).resolve():
+                del sys.modules[name]
+        importlib.invalidate_caches()
+    return Finished(status, out.getvalue(), err.getvalue(), time.monotonic() - started)
 
 
 def finish(line: Sequence[str], cwd=None, timeout=120, env=None):
@@ -120,12 +179,18 @@ def write_experiment(path, **changes):
     return path
 
 
+def zipped(scenarios):
+    """Return a sweep that walks through scenarios, mappings with the same keys."""
+    keys = scenarios[0].keys()
+    return {"zip": [{key: [scenario[key] for scenario in scenarios] for key in keys}]}
+
+
 def result_arrays(path):
     """Return every array of a results file that the ranks and the clock must not change."""
     found = {}
 
     def visit(name, item):
-        placed = name.startswith("ranks/") or "/timings/" in name
+        placed = name.startswith(("ranks/", "starts/", "losses/")) or "/timings/" in name
         if isinstance(item, h5py.Dataset) and not placed:
             found[name] = item[()]
 

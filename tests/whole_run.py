@@ -20,7 +20,7 @@ from testbed.experiment import parse_experiment
 from testbed.plan import ScenarioPlan, Task, make_plan
 from testbed.run import RunOptions, run
 from testbed.startup import ScenarioSetup
-from testbed.transport.base import Downlink, Worker
+from testbed.transport.base import ClientState, Downlink, Worker
 from testbed.transport.local import LocalTransport
 from testbed.update import Message, UpdateLayout
 
@@ -121,9 +121,13 @@ class _Recorder(Downlink):
         record.memory = worker._worker.states  # type: ignore[attr-defined]
 
     @override
-    def publish(self, round_: int, model: Vector) -> None:
+    def publish(self, round_: int, model: Vector, *, wants_states: bool = False) -> None:
         self._run.models[round_] = model.copy()
-        self._inner.publish(round_, model)
+        self._inner.publish(round_, model, wants_states=wants_states)
+
+    @override
+    def states(self) -> dict[int, ClientState]:
+        return self._inner.states()
 
     @override
     def receive(self, task: Task) -> Message:
@@ -159,9 +163,10 @@ class _Watched(LocalTransport):
         *,
         buffers: int,
         capacity: int,
+        start: int = 0,
     ) -> Downlink:
         assert worker is not None
-        inner = super().open(plan, layout, worker, buffers=buffers, capacity=capacity)
+        inner = super().open(plan, layout, worker, buffers=buffers, capacity=capacity, start=start)
         return _Recorder(inner, worker, self._record, self._tamper)
 
 

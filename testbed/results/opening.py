@@ -6,6 +6,7 @@ from pathlib import Path
 import h5py
 
 from testbed.errors import UserError
+from testbed.heaps import check_heaps
 
 PARTIAL = ".partial"
 _ATTEMPTS, _PAUSE_SECONDS = 5, 0.05
@@ -25,6 +26,7 @@ def locate(path: Path) -> Path:
 
 def open_file(path: Path) -> h5py.File:
     """Open an HDF5 file for reading, by SWMR where a writer has it open or died while it had."""
+    _check(path)
     for attempt in range(_ATTEMPTS):
         try:
             return h5py.File(path, "r")
@@ -39,6 +41,19 @@ def open_file(path: Path) -> h5py.File:
         return h5py.File(path, "r", swmr=True)
     except OSError as error:
         raise _cannot_open(path, error) from None
+
+
+def _check(path: Path) -> None:
+    try:
+        check_heaps(path)
+    except OSError as error:
+        raise _cannot_open(path, error) from None
+    except ValueError as error:
+        if "signature" in str(error):
+            raise _cannot_open(path, OSError(str(error))) from None
+        raise UserError(
+            f"{path}: the file is truncated or damaged ({error}): copy it again"
+        ) from None
 
 
 def _cannot_open(path: Path, error: OSError) -> UserError:

@@ -4,11 +4,11 @@
 rounds of a scenario is ever returned.
 """
 
-import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -18,9 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed.errors import UserError, suggest
+from testbed.results import checked
 from testbed.results.opening import PARTIAL, locate, open_file
+from testbed.results.schema import ANSWERS
 
 _ROOT = "testbed-results"
+# Root attributes that tell one run from another.
+_OWN = {"created", "experiment", "run", "share"}
 # A writer may be replacing a chunk at the very moment that it is read.
 _ATTEMPTS, _PAUSE_SECONDS = 5, 0.05
 
@@ -94,6 +98,70 @@ class AttackInfo:
     adaptation: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Start:
+    """One start of the run: the first, or one that went on with the file.
+
+    Attributes
+    ----------
+    time
+        ISO 8601, UTC.
+    ranks
+        Size of the world.
+    hosts
+        Their names, separated by commas.
+    library
+        The MPI library; empty for a run without MPI.
+    software
+        Versions, as JSON; cut off where it was too long.
+    command, slurm_job
+        The command line, and the number of the job; empty outside Slurm.
+    committed
+        Rounds of all scenarios that were there already.
+    """
+
+    time: str
+    ranks: int
+    hosts: str
+    library: str
+    software: str
+    command: str
+    slurm_job: str
+    committed: int
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A rank that was lost while the run went on.
+
+    Attributes
+    ----------
+    time
+        ISO 8601, UTC.
+    rank
+        Its number in the world as it was at the start.
+    host
+        Where it was.
+    reason
+        ``killed`` or ``stuck``.
+    start
+        During which start, from 0.
+    scenario, round
+        Where the run was: number of the scenario in the file, and of the round.
+    seconds
+        Until the round went on.
+    """
+
+    time: str
+    rank: int
+    host: str
+    reason: str
+    start: int
+    scenario: int
+    round: int
+    seconds: float
+
+
 class Scenario:
     """One scenario of a results file.
 
@@ -127,26 +195,30 @@ class Scenario:
         self._group = group
         self.index = index
         self.committed = 0
-        self.parameters: dict[str, Any] = json.loads(group.attrs["parameters"])
-        self.swept: dict[str, Any] = json.loads(group.attrs["swept"])
-        self.number = int(group.attrs.get("number", index))
-        self.draws = int(group.attrs.get("draws", self.number))
-        self.rounds = len(group["round"])
-        self.clients = len(group["client"])
-        self.classes = len(group["class"])
-        self.members = len(group["member"]) if "member" in group else self.clients
-        self.privacy: dict[str, Any] = json.loads(group.attrs.get("privacy", "{}"))
-        infos = cast("dict[str, AttackInfo]", _dispatch(group["attacks"], "attacks"))
+        self.parameters = checked.parsed(group.attrs, "parameters", dict)
+        self.swept = checked.parsed(group.attrs, "swept", dict)
+        self.number = checked.whole(group.attrs, "number", index)
+        self.draws = checked.whole(group.attrs, "draws", self.number)
+        self.rounds = checked.length(group, "round")
+        self.clients = checked.length(group, "client")
+        self.classes = checked.length(group, "class")
+        self.members = (
+            checked.length(group, "member") if checked.has(group, "member") else self.clients
+        )
+        self.privacy = checked.parsed(group.attrs, "privacy", dict, "{}")
+        for told in (self.parameters, self.swept, self.privacy):
+            checked.check_parameters(told)
+        infos = cast("dict[str, AttackInfo]", _dispatch(_member(group, "attacks"), "attacks"))
         # HDF5 lists names alphabetically; the experiment's own order is the one to show.
         listed = self.parameters.get("attacks") or ()
-        order = [item.get("label") for item in listed if isinstance(item, Mapping)]
+        order = [str(item.get("label")) for item in listed if isinstance(item, Mapping)]
         order += sorted(infos.keys() - order)
         self.attacks = {label: infos[label] for label in order if label in infos}
 
     def has(self, name: str) -> bool:
         """Return whether there is an array of that path, such as ``truth/counts``."""
         with _reading(self._group.file):
-            return isinstance(self._group.get(name), h5py.Dataset)
+            return checked.has_array(self._group, name)
 
     def array(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return an array by its path within the scenario, committed rounds only.
@@ -168,9 +240,12 @@ class Scenario:
         with _reading(file):
             dataset = self._find(name)
             if not self._has_rounds(dataset):
+                checked.check_claim(dataset, dataset.nbytes)
                 return _read(dataset, slice(None))
             stop = self.committed if stop is None else min(stop, self.committed)
-            return _read(dataset, slice(start, max(start, stop)))
+            stop = max(start, stop)
+            checked.check_claim(dataset, (stop - start) * dataset.nbytes // len(dataset))
+            return _read(dataset, slice(start, stop))
 
     def blocks(self, entries: int = 4_000_000) -> Iterator[tuple[int, int]]:
         """Yield ranges of committed rounds whose [round, client, class] arrays are of that size."""
@@ -179,16 +254,18 @@ class Scenario:
             yield start, min(start + step, self.committed)
 
     def _find(self, name: str) -> h5py.Dataset:
+        if not checked.has_array(self._group, name):
+            raise self._missing(name)
         *path, last = name.split("/")
         group = self._group
         for part in path:
-            if part not in group:
-                raise self._missing(name)
-            group = group[part]
+            group = _member(group, part)
             _reader(group)
-        if not isinstance(group.get(last), h5py.Dataset):
-            raise self._missing(name)
-        return group[last]
+        return checked.member(group, last, h5py.Dataset)
+
+    def damaged(self, reason: str) -> UserError:
+        """Return what to raise where the arrays hold what no run writes."""
+        return _damaged(self._group.file, f"scenario {self.index}: {reason}")
 
     def _missing(self, name: str) -> UserError:
         known: list[str] = []
@@ -206,10 +283,8 @@ class Scenario:
             return True
         if dataset.is_scale:
             return False
-        scales = dataset.dims[0].values()
-        if not scales:
-            raise ValueError(f"{dataset.name} has an axis without a dimension scale")
-        return axis in scales
+        checked.check_array(self._group, dataset.name.removeprefix(f"{self._group.name}/"), dataset)
+        return axis in dataset.dims[0].values()
 
 
 class Results:
@@ -225,6 +300,8 @@ class Results:
         Placement of all ranks.
     scenarios
         In the order of the sweep.
+    starts, losses
+        How often the run was started, and which ranks it lost; empty before version 1.3.
     """
 
     def __init__(self, file: h5py.File, path: Path) -> None:
@@ -235,6 +312,8 @@ class Results:
             self.attributes: dict[str, Any] = content["attributes"]
             self.ranks: Sequence[Rank] = content["ranks"]
             self.scenarios: Sequence[Scenario] = content["scenarios"]
+        self.starts: Sequence[Start] = ()
+        self.losses: Sequence[Loss] = ()
         self.refresh()
 
     @property
@@ -253,9 +332,13 @@ class Results:
         return next(one for one in self.scenarios if one.number == number)
 
     def refresh(self) -> None:
-        """Take up the rounds that have been committed since; cheap on a complete file."""
+        """Take up what has been committed since; cheap on a complete file."""
+        self._follow()
         with _reading(self._file):
-            committed = _read(self._file["committed_rounds"], slice(None))
+            counts = checked.member(self._file, "committed_rounds", h5py.Dataset)
+            if counts.shape != (len(self.scenarios),) or counts.dtype.kind != "i":
+                raise ValueError(f"{counts.name} is {counts.dtype} of shape {counts.shape}")
+            committed = _read(counts, slice(None))
             for scenario, count in zip(self.scenarios, committed.tolist(), strict=True):
                 if not 0 <= count <= scenario.rounds:
                     raise ValueError(
@@ -263,9 +346,43 @@ class Results:
                         f"{scenario.rounds} rounds"
                     )
                 scenario.committed = count
-        final = self.path.with_name(self.path.name.removesuffix(PARTIAL))
-        if not self.path.exists() and final.exists():
-            self.path = final
+            if checked.has(self._file, "starts"):  # since version 1.3
+                self.starts = _dispatch(_member(self._file, "starts"), "starts")
+                self.losses = _dispatch(_member(self._file, "losses"), "losses")
+
+    def _follow(self) -> None:
+        """Open the file that has the name now, where the writer has put another one in its place.
+
+        Writers do where the file system has no order of writes, and where a run goes on. A file
+        that is gone is kept.
+        """
+        try:
+            found = locate(self.path)
+            named = found.stat()
+        except (UserError, OSError):
+            return
+        if not self._file:
+            return
+        self.path = found
+        opened = os.fstat(self._file.id.get_vfd_handle())
+        if (named.st_ino, named.st_dev) == (opened.st_ino, opened.st_dev):
+            return
+        found, file = _open(self.path)
+        try:
+            with _reading(file):
+                _reader(file, _ROOT)
+                if any(
+                    file.attrs[key] != self.attributes.get(key) for key in file.attrs.keys() & _OWN
+                ):
+                    raise UserError(f"{found}: another run has taken the name: open it again")
+                groups = [file[scenario._group.name] for scenario in self.scenarios]
+        except BaseException:
+            file.close()
+            raise
+        self._file.close()
+        self._file = file
+        for scenario, group in zip(self.scenarios, groups, strict=True):
+            scenario._group = group
 
     def close(self) -> None:
         """Close the file; its scenarios can no longer be read."""
@@ -297,8 +414,7 @@ def open_results(path: str | Path) -> Results:
         There is no such file, it is no results file or of a format version that is not known, it
         is damaged, or locked.
     """
-    found = locate(Path(path))
-    file = open_file(found)
+    found, file = _open(Path(path))
     try:
         return Results(file, found)
     except BaseException:
@@ -306,18 +422,34 @@ def open_results(path: str | Path) -> Results:
         raise
 
 
+def _open(path: Path) -> tuple[Path, h5py.File]:
+    while True:
+        found = locate(path)
+        try:
+            return found, open_file(found)
+        except UserError:
+            # The run may be complete since a moment ago.
+            if found.exists():
+                raise
+
+
 @contextmanager
 def _reading(file: h5py.File) -> Iterator[None]:
     """Turn what HDF5 says of a damaged file into one line for the user."""
     try:
         yield
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+    except UserError:
+        raise
+    # A damaged file can fail in any way that HDF5 can.
+    except Exception as error:
         if not file:
             raise ValueError("the results file is closed") from None
-        reason = str(error.args[0]) if error.args else type(error).__name__
-        raise UserError(
-            f"{file.filename}: the file is truncated or damaged ({reason}): copy it again"
-        ) from error
+        reason = str(error.args[0] if error.args else type(error).__name__)[:200]
+        raise _damaged(file, reason) from error
+
+
+def _damaged(file: h5py.File, reason: str) -> UserError:
+    return UserError(f"{file.filename}: the file is truncated or damaged ({reason}): copy it again")
 
 
 def _read(dataset: h5py.Dataset, selection: slice) -> NDArray[Any]:
@@ -381,22 +513,65 @@ def _root(group: h5py.Group) -> dict[str, Any]:
     attributes = {key: value for key, value in group.attrs.items() if "encoding-" not in key}
     return {
         "attributes": attributes,
-        "ranks": _dispatch(group["ranks"], "ranks"),
-        "scenarios": _dispatch(group["scenarios"], "scenarios"),
+        "ranks": _dispatch(_member(group, "ranks"), "ranks"),
+        "scenarios": _dispatch(_member(group, "scenarios"), "scenarios"),
     }
 
 
 @_reads("ranks", 1)
 def _ranks(group: h5py.Group) -> list[Rank]:
-    text = [np.char.decode(group[name][:], "ascii") for name in ("host", "device", "role")]
-    columns = [group["rank"][:], *text, group["local_rank"][:]]
+    text = [_column(group, name, "S") for name in ("host", "device", "role")]
+    columns = [_column(group, "rank", "i"), *text, _column(group, "local_rank", "i")]
     return [Rank(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+@_reads("starts", 1)
+def _starts(group: h5py.Group) -> list[Start]:
+    return [Start(**row) for row in _rows(group, "start", Start)]
+
+
+@_reads("losses", 1)
+def _losses(group: h5py.Group) -> list[Loss]:
+    return [Loss(**row) for row in _rows(group, "loss", Loss)]
+
+
+def _rows(group: h5py.Group, axis: str, kind: type[Start | Loss]) -> list[dict[str, Any]]:
+    """Return the rows of a table that grows: as many as its axis is long."""
+    length = len(_column(group, axis, "i"))
+    kinds = {"str": "S", "int": "i", "float": "f"}
+    columns = {
+        item.name: _column(group, item.name, kinds[str(getattr(item.type, "__name__", item.type))])
+        for item in fields(kind)
+    }
+    for name, column in columns.items():
+        if len(column) < length:
+            raise ValueError(f"{group.name}/{name} has {len(column)} rows, expected {length}")
+        columns[name] = column[:length]
+    lists = (column.tolist() for column in columns.values())
+    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
 
 @_reads("scenarios", 1)
 def _scenarios(group: h5py.Group) -> list[Scenario]:
     names = sorted((name for name in group if name.isdecimal()), key=int)
-    return [_dispatch(group[name], "scenario") for name in names]
+    scenarios = [_dispatch(_member(group, name), "scenario") for name in names]
+    if len({scenario.number for scenario in scenarios}) < len(scenarios):
+        raise ValueError(f"{group.name} holds two scenarios of the same number")
+    return scenarios
+
+
+def _member(group: h5py.Group, name: str) -> h5py.Group:
+    return checked.member(group, name, h5py.Group)
+
+
+def _column(group: h5py.Group, name: str, kind: str) -> NDArray[Any]:
+    """Return a column of a table; of the kind ``S`` as text."""
+    dataset = checked.member(group, name, h5py.Dataset)
+    if dataset.ndim != 1 or dataset.dtype.kind != kind:
+        raise ValueError(f"{dataset.name} is {dataset.dtype} of shape {dataset.shape}")
+    checked.check_claim(dataset, dataset.nbytes)
+    values = _read(dataset, slice(None))
+    return np.char.decode(values, "ascii") if kind == "S" else values
 
 
 @_reads("scenario", 1)
@@ -406,25 +581,31 @@ def _scenario(group: h5py.Group) -> Scenario:
 
 @_reads("attacks", 1)
 def _attacks(group: h5py.Group) -> "dict[str, AttackInfo]":
-    return {label: _describe(group[label]) for label in group}
+    return {label: _describe(_member(group, label)) for label in group}
 
 
 def _describe(group: h5py.Group) -> AttackInfo:
     _dispatch(group, "attack")
-    attributes = {key: group.attrs[key] for key in ("name", "title", "knowledge", "source")}
-    told = group.attrs  # versions 1.0 and 1.1 said less
-    return AttackInfo(
-        **attributes,
-        options=json.loads(told["options"]),
-        answers=told.get("answers", "counts"),
-        observes=json.loads(told.get("observes", "[]")),
-        assumes=json.loads(told.get("assumes", "[]")),
-        broken=json.loads(told.get("broken_assumptions", "{}")),
-        not_applicable=told.get("not_applicable", ""),
-        target=told.get("target", "update"),
-        adapted=told.get("adapted", ""),
-        adaptation=json.loads(told.get("adaptation", "[]")),
+    told = group.attrs
+    info = AttackInfo(
+        **{key: checked.text(told, key) for key in ("name", "title", "knowledge", "source")},
+        options=checked.parsed(told, "options", dict),
+        # Versions 1.0 and 1.1 said less.
+        answers=checked.text(told, "answers", "counts"),
+        observes=checked.parsed(told, "observes", list, "[]"),
+        assumes=checked.parsed(told, "assumes", list, "[]"),
+        broken=checked.parsed(told, "broken_assumptions", dict, "{}"),
+        not_applicable=checked.text(told, "not_applicable", ""),
+        target=checked.text(told, "target", "update"),
+        adapted=checked.text(told, "adapted", ""),
+        adaptation=checked.parsed(told, "adaptation", list, "[]"),
     )
+    texts = [*info.observes, *info.assumes, *info.adaptation, *info.broken.values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{group.name} has lists of something else than text")
+    if info.answers not in ANSWERS or info.target not in ("update", "accumulated"):
+        raise ValueError(f"{group.name} answers {info.answers!r} about {info.target!r}")
+    return info
 
 
 @_reads("truth", 1)

@@ -1,9 +1,10 @@
 """How models go out and updates come in: one interface for one process and for a thousand ranks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,65 @@ from testbed.update import Allocate, Message, UpdateLayout, zeros
 
 T = TypeVar("T")
 
+# What a client remembers from round to round, by name.
+ClientState = dict[str, NDArray[np.float32]]
+
+
+class RanksLost(Exception):  # noqa: N818 - what happened, not what went wrong here
+    """Ranks of the job have died, or do not answer; `Transport.recover` goes on without them.
+
+    Raised by whatever call notices it, on some ranks earlier than on others.
+
+    Parameters
+    ----------
+    stuck
+        Ranks, as numbered now, that live and do not answer.
+    detail
+        What was noticed.
+    """
+
+    def __init__(self, detail: str, stuck: Sequence[int] = ()) -> None:
+        super().__init__(detail)
+        self.stuck = tuple(stuck)
+
+
+class RootLost(Exception):  # noqa: N818
+    """The root has died: the run cannot go on, and its file is there for `resume`."""
+
+
+class StopAsked(Exception):  # noqa: N818
+    """The root has ended the run early, in good order; every rank leaves with this status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A rank that a run goes on without.
+
+    Attributes
+    ----------
+    number
+        Its rank at the start of the run.
+    host
+        Where it was.
+    stuck
+        Whether it lived and did not answer, and was killed.
+    """
+
+    number: int
+    host: str
+    stuck: bool
+
 
 class Worker(Protocol):
     """Computes for clients; `testbed.client` has the real one."""
+
+    @property
+    def states(self) -> dict[int, ClientState]:
+        """What its clients remember, by identity; for plans that keep a state."""
 
     def load(self, model: NDArray[np.float32]) -> None:
         """Take over the global model of a round."""
@@ -34,12 +91,19 @@ class Downlink(ABC):
     """The root's side of one scenario."""
 
     @abstractmethod
-    def publish(self, round_: int, model: NDArray[np.float32]) -> None:
+    def publish(
+        self, round_: int, model: NDArray[np.float32], *, wants_states: bool = False
+    ) -> None:
         """Send the model of a round to the workers that need it.
 
         Rounds are published in order. The array must stay as it is until the round's updates have
-        been received.
+        been received. ``wants_states`` asks the workers of a plan that keeps states for these, as
+        they are before the round: `states` has to be called before its first update is received.
         """
+
+    @abstractmethod
+    def states(self) -> dict[int, ClientState]:
+        """Return what all clients remember, by identity, before the round that asked for it."""
 
     @abstractmethod
     def receive(self, task: Task) -> Message:
@@ -76,6 +140,8 @@ class Transport(ABC):
     ----------
     rank, size
         This process, and how many there are.
+    number, started
+        This process, and how many there were, when the run started: it may have lost some.
     workers
         How many ranks compute for clients.
     local_rank, host
@@ -84,15 +150,21 @@ class Transport(ABC):
         Name and version of the MPI library; empty without one.
     allocate
         Makes the memory of messages: page-locked where a GPU copies into them.
+    deadline
+        Seconds in which a rank has to deliver an update, or to answer while it waits itself; None
+        for no limit.
     """
 
     rank: int
     size: int
+    number: int
+    started: int
     workers: int
     local_rank: int
     host: str
     library: str
     allocate: Allocate = staticmethod(zeros)
+    deadline: float | None = None
 
     @property
     def is_root(self) -> bool:
@@ -115,6 +187,16 @@ class Transport(ABC):
         """
 
     @abstractmethod
+    def distribute(self, states: Mapping[int, Mapping[int, ClientState]]) -> dict[int, ClientState]:
+        """Return what a rank's clients remember.
+
+        Parameters
+        ----------
+        states
+            On the root: by worker, then by the client's identity. Empty elsewhere.
+        """
+
+    @abstractmethod
     def share(
         self, load: Callable[[], tuple[T, dict[str, NDArray[np.generic]]]]
     ) -> tuple[T, dict[str, NDArray[np.generic]]]:
@@ -126,11 +208,18 @@ class Transport(ABC):
 
     @abstractmethod
     def serve(
-        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker, *, capacity: int
+        self,
+        plan: ScenarioPlan,
+        layout: UpdateLayout,
+        worker: Worker,
+        *,
+        capacity: int,
+        start: int = 0,
     ) -> None:
         """Work through a scenario on a rank that is not the root.
 
-        ``capacity`` is the most bytes that an update takes as it is shared.
+        ``capacity`` is the most bytes that an update takes as it is shared; ``start`` the first
+        round, where earlier ones are done.
         """
 
     @abstractmethod
@@ -142,11 +231,32 @@ class Transport(ABC):
         *,
         buffers: int,
         capacity: int,
+        start: int = 0,
     ) -> Downlink:
         """Begin a scenario on the root.
 
         ``worker`` computes where the root is the only rank, and is None elsewhere; ``buffers``
-        bounds the updates that the root holds at once; ``capacity`` as for `serve`.
+        bounds the updates that the root holds at once; ``capacity`` and ``start`` as for `serve`.
+        """
+
+    @abstractmethod
+    def cannot_recover(self) -> str:
+        """Return why a lost rank ends this run whatever is asked; empty where it need not."""
+
+    @abstractmethod
+    def blame(self, lost: RanksLost) -> str:
+        """Return which ranks are lost, by their numbers at the start, and how, as a phrase."""
+
+    @abstractmethod
+    def recover(self, lost: RanksLost) -> "tuple[Transport, list[Lost]]":
+        """Go on without the ranks that are lost; every other rank calls this.
+
+        Returns the transport to use from now on, with ranks numbered anew, and who is lost.
+
+        Raises
+        ------
+        RootLost
+            On every rank, if the root is among them.
         """
 
     @abstractmethod
@@ -154,5 +264,13 @@ class Transport(ABC):
         """End every rank of the job, this one included; without other ranks, do nothing."""
 
     @abstractmethod
+    def stop(self, status: int) -> NoReturn:
+        """End the run in good order, from the root: `StopAsked` is raised on every rank."""
+
+    @abstractmethod
+    def leave(self, status: int) -> None:
+        """End this process, after `StopAsked`, with all others; without other ranks, do nothing."""
+
+    @abstractmethod
     def finish(self) -> None:
-        """Wait until every rank is done."""
+        """Wait until the root is done."""

@@ -1,19 +1,24 @@
 """Many ranks: models and updates as flat buffers over MPI, nothing pickled in the round loop.
 
-The plan tells every rank what comes next, so there are no control messages: the root posts a
+The plan tells every rank what comes next, so there are no control messages in it: the root posts a
 receive for each of the next updates, from the rank that will send it, and takes them in the order
 of the plan. MPI delivers messages between two ranks in order. Talk is on duplicates of the world.
+
+Where ranks are lost and the run goes on (ULFM: MPI_Comm_revoke and MPI_Comm_shrink, as Open MPI has
+them), every communicator is given up and made anew among the survivors; see `MPITransport.recover`.
 """
 
+import contextlib
 import itertools
+import mmap
 import os
+import signal
 import socket
-import time
+import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -21,15 +26,47 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from testbed.errors import UserError
-from testbed.plan import ScenarioPlan, Task
-from testbed.transport.base import Downlink, Transport, Worker
+from testbed.plan import ScenarioPlan
+from testbed.transport.base import (
+    ClientState,
+    Downlink,
+    Lost,
+    RanksLost,
+    RootLost,
+    StopAsked,
+    Transport,
+    Worker,
+)
+from testbed.transport.control import Control, Word, gate, noticing
+from testbed.transport.downlink import MODEL, UPDATE, WANTED, MPIDownlink, check_size, reduce, sent
+from testbed.transport.local import LocalTransport
+from testbed.transport.states import receive_states, send_states
 from testbed.update import Message, UpdateLayout
 
 T = TypeVar("T")
 
-_MODEL, _UPDATE, _STATE = 1, 2, 3
-# Messages are sent as 32-bit items, and MPI counts items in an int.
-_MAX_BYTES = 4 * (2**31 - 1)
+_STATE = 3
+# For the others to come to the end of a run that was stopped, in seconds.
+_FAREWELL = 10
+# Set by mpirun --with-ft ulfm.
+_FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
+
+
+class _Channels:
+    """The communicators of the ranks that there are, each for one use."""
+
+    def __init__(self, base: MPI.Intracomm) -> None:
+        self.base = base
+        self.rounds = base.Dup()
+        # Apart from the broadcasts of models: the ranks do not start both in the same order.
+        self.reductions = base.Dup()
+        self.control = base.Dup()
+        self.node = MPI.Intracomm(base.Split_type(MPI.COMM_TYPE_SHARED, key=base.rank))
+
+    def revoke(self) -> None:
+        """Make every call on them fail, on every rank; but not what the root says."""
+        for comm in (self.rounds, self.reductions, self.node):
+            comm.Revoke()
 
 
 class MPITransport(Transport):
@@ -37,55 +74,97 @@ class MPITransport(Transport):
 
     def __init__(self) -> None:
         world = MPI.COMM_WORLD
-        self._comm = world.Dup()
-        # Apart from the broadcasts of models: the ranks do not start both in the same order.
-        self._reductions = world.Dup()
-        self._node = MPI.Intracomm(world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank))
-        self.rank = world.rank
-        self.size = world.size
-        self.workers = max(world.size - 1, 1)
-        self.local_rank = self._node.rank
+        self._take(_Channels(world))
+        self.number = world.rank
+        self.started = world.size
+        # Of every rank that there is, its number at the start.
+        self._numbers = list(range(world.size))
+        self.local_rank = self._channels.node.rank
         self.host = socket.gethostname()
         self.library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
+        # Under --with-ft ulfm, whatever a loss is to do to the run: nothing is used then that does
+        # not survive it, or does not tell of it.
+        self._tolerant = not self.cannot_recover()
         self._windows: list[MPI.Win] = []
+        self._downlink: Downlink | None = None
+        here = self._channels.rounds.allgather((self.host, os.getpid()))
+        self._places: list[tuple[str, int]] = here
+        # Requests that a lost rank left unfinished, with their buffers: MPI may still look at them.
+        self._buried: list[object] = []
+
+    def _take(self, channels: _Channels) -> None:
+        self._channels = channels
+        self._comm = channels.rounds
+        self._control = Control(channels.control)
+        self._wait = self._control.wait
+        self.rank, self.size = channels.base.rank, channels.base.size
+        self.workers = max(self.size - 1, 1)
 
     @override
     def abort(self, status: int) -> None:
         MPI.COMM_WORLD.Abort(status)
 
     @override
+    def stop(self, status: int) -> NoReturn:
+        self._control.say_to_all(Word.STOP, status)
+        raise StopAsked(status)
+
+    @override
+    def leave(self, status: int) -> None:
+        if status == 0:
+            return
+        # What is under way between the ranks will never be finished, as MPI_Finalize would want.
+        with contextlib.suppress(RanksLost, MPI.Exception):
+            gate(self._channels.control, self._control, limit=_FAREWELL)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    @override
     def broadcast(self, value: T) -> T:
-        _wait(self._comm.Ibarrier())  # spares the root's turn: a blocking bcast spins
-        result: T = self._comm.bcast(value)
+        gate(self._comm, self._control)
+        with noticing():
+            result: T = self._comm.bcast(value)
         return result
 
     @override
     def gather(self, value: T) -> list[T]:
-        _wait(self._comm.Ibarrier())
-        result: list[T] = self._comm.allgather(value)
+        gate(self._comm, self._control)
+        with noticing():
+            result: list[T] = self._comm.allgather(value)
         return result
 
     @override
     def collect(self, arrays: Sequence[NDArray[np.float32]]) -> list[list[NDArray[np.float32]]]:
-        _wait(self._comm.Ibarrier())
-        shapes = self._comm.gather([array.shape for array in arrays])
+        gate(self._comm, self._control)
+        with noticing():
+            shapes = self._comm.gather([array.shape for array in arrays])
         if shapes is None:
             for array in arrays:
-                _wait(self._comm.Isend(np.ascontiguousarray(array), dest=0, tag=_STATE))
+                self._wait(self._comm.Isend(np.ascontiguousarray(array), dest=0, tag=_STATE))
             return []
         collected = [list(arrays)]
         for source, sizes in enumerate(shapes[1:], start=1):
             found = [np.empty(size, np.float32) for size in sizes]
             for array in found:
-                _wait(self._comm.Irecv(array, source=source, tag=_STATE))
+                self._wait(self._comm.Irecv(array, source=source, tag=_STATE))
             collected.append(found)
         return collected
+
+    @override
+    def distribute(self, states: Mapping[int, Mapping[int, ClientState]]) -> dict[int, ClientState]:
+        if not self.is_root:
+            return receive_states(self._comm, self._control, 0)
+        for worker in range(self.workers):
+            send_states(self._comm, self._control, worker + 1, states.get(worker, {}))
+        return {}
 
     @override
     def share(
         self, load: Callable[[], tuple[T, dict[str, NDArray[np.generic]]]]
     ) -> tuple[T, dict[str, NDArray[np.generic]]]:
-        node, leads = self._node, self._node.rank == 0
+        node = self._channels.node
+        leads = node.rank == 0
         arrays: dict[str, NDArray[np.generic]] = {}
         description: T | None = None
         failure: Exception | None = None
@@ -96,66 +175,115 @@ class MPITransport(Transport):
                 failure = error
             except Exception:
                 failure = RuntimeError(f"on host {self.host}: {traceback.format_exc()}")
-        _wait(node.Ibarrier())
+        gate(node, self._control)
         shapes = {name: (array.shape, array.dtype.str) for name, array in arrays.items()}
-        failure, description, shapes = node.bcast((failure, description, shapes))
+        with noticing():
+            failure, description, shapes = node.bcast((failure, description, shapes))
         if failure is not None:
             raise failure
         shared: dict[str, NDArray[np.generic]] = {}
         for name, (shape, dtype) in shapes.items():
             size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-            window = MPI.Win.Allocate_shared(size if leads else 0, 1, comm=node)
-            self._windows.append(window)
-            memory, _ = window.Shared_query(0)
+            memory = self._shared_memory(size)
             array = np.asarray(memory.cast("B"))[:size].view(dtype).reshape(shape)
             if leads:
                 array[...] = arrays[name]
             shared[name] = array
-        node.Barrier()
+        gate(node, self._control)
         assert description is not None
         return description, shared
 
+    def _shared_memory(self, size: int) -> Any:
+        """Return memory that all ranks of this host have, which the first of them may write to."""
+        node = self._channels.node
+        leads = node.rank == 0
+        if not self._tolerant:
+            window = MPI.Win.Allocate_shared(size if leads else 0, 1, comm=node)
+            self._windows.append(window)
+            return window.Shared_query(0)[0]
+        # Open MPI's windows do not survive the loss of a rank. Anonymous memory of the first rank
+        # does, once the others have mapped it.
+        descriptor = os.memfd_create("testbed") if leads else -1
+        if leads:
+            os.ftruncate(descriptor, max(size, 1))
+        with noticing():
+            place = node.bcast(f"/proc/{os.getpid()}/fd/{descriptor}")
+        if not leads:
+            descriptor = os.open(place, os.O_RDWR)
+        memory = mmap.mmap(descriptor, max(size, 1))
+        gate(node, self._control)
+        os.close(descriptor)
+        return memoryview(memory)
+
     @override
     def serve(
-        self, plan: ScenarioPlan, layout: UpdateLayout, worker: Worker, *, capacity: int
+        self,
+        plan: ScenarioPlan,
+        layout: UpdateLayout,
+        worker: Worker,
+        *,
+        capacity: int,
+        start: int = 0,
     ) -> None:
-        _check_size(layout, capacity)
+        check_size(layout, capacity)
         model = np.empty((2, layout.size), np.float32)
-        messages = itertools.cycle([Message(layout, self.allocate, capacity) for _ in range(2)])
+        wanted = np.zeros((2, 1), np.int32)
+        pool = [Message(layout, self.allocate, capacity) for _ in range(2)]
+        messages = itertools.cycle(pool)
         sends: deque[MPI.Request] = deque()
-        shares = plan.share(self.rank - 1, self.workers)
+        self._buried.append((model, wanted, pool, sends))
+        shares = plan.share(self.rank - 1, self.workers, start)
         # Two models and two messages: the next model may arrive, and the last update leave, while
         # the worker computes.
         upcoming = next(shares, None)
-        arriving = self._expect_model(plan, model[0]) if upcoming else MPI.REQUEST_NULL
+        arriving: list[MPI.Request] = []
+        if upcoming is not None:
+            arriving = self._expect(plan, model[0], wanted[0])
         for turn in itertools.count():
             if upcoming is None:
                 break
             _, tasks = upcoming
-            _wait(arriving)
+            for request in arriving:
+                self._wait(request)
+            if wanted[turn % 2]:
+                send_states(self._comm, self._control, 0, worker.states)
             upcoming = next(shares, None)
             if upcoming is not None:
-                arriving = self._expect_model(plan, model[(turn + 1) % 2])
-            worker.load(model[turn % 2])
+                after = (turn + 1) % 2
+                arriving = self._expect(plan, model[after], wanted[after])
+            if tasks or plan.reduces:
+                worker.load(model[turn % 2])
             for task in tasks:
                 if len(sends) == 2:
-                    _wait(sends.popleft())
+                    self._wait(sends.popleft())
                 message = next(messages)
                 worker.work(task, message)
                 # Synchronous: completes only when the root has posted the receive, so that no
                 # library buffers updates without bound on the root.
-                sends.append(self._comm.Issend(_sent(message), dest=0, tag=_UPDATE))
+                with noticing():
+                    sends.append(self._comm.Issend(sent(message), dest=0, tag=UPDATE))
+                self._control.hear()
             if plan.reduces:
                 # Named, for the request alone does not keep the buffer of a reduction alive.
                 total = worker.take_sum()
-                _wait(self._reductions.Ireduce(total, None, op=MPI.SUM, root=0))
+                reduce(self._channels.reductions, self._control, total, tolerant=self._tolerant)
         for send in sends:
-            _wait(send)
+            self._wait(send)
+        self._buried.pop()
 
-    def _expect_model(self, plan: ScenarioPlan, buffer: NDArray[np.float32]) -> MPI.Request:
-        if plan.broadcasts(self.workers, buffer.nbytes):
-            return self._comm.Ibcast(buffer, root=0)
-        return self._comm.Irecv(buffer, source=0, tag=_MODEL)
+    def _expect(
+        self, plan: ScenarioPlan, model: NDArray[np.float32], wanted: NDArray[np.int32]
+    ) -> list[MPI.Request]:
+        """Begin to receive a model, and whether the root wants the clients' states before it."""
+        with noticing():
+            requests = []
+            if plan.keeps_state:
+                requests.append(self._comm.Irecv(wanted, source=0, tag=WANTED))
+            if plan.broadcasts(self.workers, model.nbytes) and not self._tolerant:
+                requests.append(self._comm.Ibcast(model, root=0))
+            else:
+                requests.append(self._comm.Irecv(model, source=0, tag=MODEL))
+            return requests
 
     @override
     def open(
@@ -166,139 +294,143 @@ class MPITransport(Transport):
         *,
         buffers: int,
         capacity: int,
+        start: int = 0,
     ) -> Downlink:
-        _check_size(layout, capacity)
+        check_size(layout, capacity)
         messages = [
             Message(layout, self.allocate, capacity)
             for _ in range(min(buffers, max(2 * self.workers, 2)))
         ]
-        return _MPIDownlink(self._comm, self._reductions, plan, self.workers, messages)
+        downlink = MPIDownlink(
+            self._comm,
+            self._channels.reductions,
+            self._control,
+            plan,
+            self.workers,
+            messages,
+            start=start,
+            deadline=self.deadline,
+            tolerant=self._tolerant,
+        )
+        self._downlink = downlink
+        return downlink
+
+    @override
+    def cannot_recover(self) -> str:
+        if not hasattr(MPI.Comm, "Shrink") or "Open MPI" not in self.library:
+            return (
+                f"{self.library} ends all ranks when one dies: it takes Open MPI 5, started as "
+                "mpirun --with-ft ulfm"
+            )
+        if os.environ.get(_FAULT_TOLERANCE, "0").lower() not in ("1", "true", "yes"):
+            return (
+                "without fault tolerance mpirun ends all ranks when one dies: start the run by "
+                "mpirun --with-ft ulfm"
+            )
+        return ""
+
+    @override
+    def recover(self, lost: RanksLost) -> tuple[Transport, list[Lost]]:
+        self._channels.revoke()
+        victims = self._order_kills(lost.stuck) if self.is_root else self._hear_of_loss()
+        for process in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        before = self._channels.base.group
+        numbers, places = self._numbers, self._places
+        self._buried.append((self._channels, self._control, self._downlink))
+        channels = self._shrunk()
+        here = channels.base.group
+        ranks = here.Translate_ranks(list(range(here.size)), before)
+        self._numbers = [numbers[rank] for rank in ranks]
+        self._places = [places[rank] for rank in ranks]
+        self._take(channels)
+        stuck = {numbers[rank] for rank in lost.stuck}
+        gone = [
+            Lost(number, place[0], number in stuck)
+            for number, place in zip(numbers, places, strict=True)
+            if number not in self._numbers
+        ]
+        if self._numbers[0] != 0:
+            raise RootLost("the root has died")
+        if self.size > 1:
+            return self, gone
+        alone = LocalTransport()
+        alone.started, alone.library, alone.local_rank = self.started, self.library, self.local_rank
+        alone.allocate, alone.host = self.allocate, self.host
+        return alone, gone
+
+    def _order_kills(self, stuck: Sequence[int]) -> list[int]:
+        """Tell every rank that answers which processes it has to kill; return the root's own."""
+        orders: dict[int, list[int]] = {}
+        for rank in stuck:
+            host, process = self._places[rank]
+            neighbours = [
+                other
+                for other, place in enumerate(self._places)
+                if place[0] == host and other not in stuck
+            ]
+            if not neighbours:
+                raise RuntimeError(
+                    f"rank {self._numbers[rank]} on {host} does not answer, and no other rank is "
+                    "there to kill it"
+                )
+            orders.setdefault(neighbours[0], []).append(process)
+        for rank in range(1, self.size):
+            if rank not in stuck:
+                self._control.say(Word.LOST, rank, rest=orders.get(rank, []))
+        return orders.get(0, [])
+
+    def _hear_of_loss(self) -> list[int]:
+        """Return which processes the root wants killed by this rank."""
+        control = self._control
+
+        def told() -> bool:
+            control.hear()
+            return control.done
+
+        if control.victims is None:  # else the root has told it already
+            with contextlib.suppress(RanksLost):  # what is waited for; or the root is dead
+                control.until(told)
+                raise StopAsked(0)  # nothing is left to be done
+        return control.victims or []
+
+    def _shrunk(self) -> _Channels:
+        base = self._channels.base
+        while True:
+            base = MPI.Intracomm(base.Shrink())
+            channels = None
+            try:
+                channels = _Channels(base)
+            except MPI.Exception:  # another one has died meanwhile
+                base.Revoke()
+            with contextlib.suppress(MPI.Exception):
+                if base.Agree(channels is not None) and channels is not None:
+                    return channels
+
+    @override
+    def blame(self, lost: RanksLost) -> str:
+        ranks = list(lost.stuck)
+        if not ranks and hasattr(MPI.Comm, "Get_failed"):
+            base = self._channels.base
+            failed = base.Get_failed()
+            ranks = failed.Translate_ranks(list(range(failed.size)), base.group)
+        if not ranks:
+            return str(lost)
+        names = ", ".join(f"rank {self._numbers[r]} on {self._places[r][0]}" for r in ranks)
+        return f"{names} " + (
+            f"gave no answer within {self.deadline:g} s" if lost.stuck else "died"
+        )
 
     @override
     def finish(self) -> None:
-        _wait(self._comm.Ibarrier())
+        if self.is_root:
+            self._control.say_to_all(Word.DONE)
+        else:
+            self._control.until(self._told_done)
         for window in self._windows:
             window.Free()
 
-
-class _MPIDownlink(Downlink):
-    def __init__(
-        self,
-        comm: MPI.Intracomm,
-        reductions: MPI.Intracomm,
-        plan: ScenarioPlan,
-        workers: int,
-        messages: list[Message],
-    ) -> None:
-        self._comm = comm
-        self._reductions = reductions
-        self._plan = plan
-        self._workers = workers
-        self._models: deque[tuple[int, list[MPI.Request]]] = deque()
-        self._tasks = plan.tasks()
-        self._posted: deque[tuple[Task, MPI.Request, Message]] = deque()
-        self._current: Message | None = None
-        for message in messages:
-            self._post(message)
-
-    @override
-    def publish(self, round_: int, model: NDArray[np.float32]) -> None:
-        if self._plan.broadcasts(self._workers, model.nbytes):
-            requests = [self._comm.Ibcast(model, root=0)]
-        else:
-            requests = [
-                self._comm.Isend(model, dest=1 + worker, tag=_MODEL)
-                for worker in self._plan.needed_by(round_, self._workers)
-            ]
-        if self._plan.fresh_model:
-            self._models.append((round_, requests))
-            return
-        # In training the workers wait for the model. It has to leave before the root turns to the
-        # attacks: without its help no large message would move on.
-        for request in requests:
-            _wait(request)
-
-    @override
-    def receive(self, task: Task) -> Message:
-        if self._current is not None:
-            self._post(self._current)
-            self._current = None
-        expected, request, message = self._posted.popleft()
-        status = MPI.Status()
-        _wait(request, status)
-        moved = 4 * status.Get_count(MPI.INT32_T)
-        if moved != message.used:
-            raise RuntimeError(f"an update of {task} says {message.used} bytes, {moved} came")
-        header = message.header
-        found = Task(int(header["scenario"]), int(header["round"]), int(header["client"]))
-        if not found == expected == task:
-            raise RuntimeError(f"expected the update of {task}, planned {expected}, got {found}")
-        while self._models and self._models[0][0] < task.round:
-            # All updates of that round have come, so its model has been received everywhere.
-            for sent in self._models.popleft()[1]:
-                _wait(sent)
-        self._current = message
-        return message
-
-    @override
-    def reduce(self, total: NDArray[Any]) -> None:
-        # The server takes part with nothing of its own, and sees the sum alone.
-        _wait(self._reductions.Ireduce(MPI.IN_PLACE, total, op=MPI.SUM, root=0))
-
-    def _post(self, message: Message) -> None:
-        task = next(self._tasks, None)
-        if task is not None:
-            source = 1 + self._plan.worker(task, self._workers)
-            request = self._comm.Irecv(_items(message), source=source, tag=_UPDATE)
-            self._posted.append((task, request, message))
-
-    @override
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            for _, requests in self._models:
-                for sent in requests:
-                    _wait(sent)
-
-
-def _items(message: Message) -> NDArray[np.int32]:
-    return message.buffer.view(np.int32)
-
-
-def _sent(message: Message) -> NDArray[np.int32]:
-    """Return what is sent of a message: no more than the update takes."""
-    return message.buffer[: message.used].view(np.int32)
-
-
-def _check_size(layout: UpdateLayout, capacity: int) -> None:
-    size = max(4 * layout.size, capacity) + (1 << 20)
-    if size > _MAX_BYTES:
-        raise UserError(
-            f"an update of {layout.size} parameters is too large for one MPI message "
-            f"({size} bytes, at most {_MAX_BYTES}): use a smaller model"
-        )
-
-
-def _wait(request: MPI.Request, status: MPI.Status | None = None) -> None:
-    """Wait without keeping a core from the ranks that compute.
-
-    Open MPI spins in a blocking wait. Here a rank tests and gives way to others, which costs a
-    waiting rank nothing of a core that somebody else wants; where that takes long it sleeps, for a
-    small share of the time that it has waited already.
-    """
-    started = time.monotonic()
-    while not request.Test(status):
-        waited = time.monotonic() - started
-        if waited < _PATIENCE:
-            os.sched_yield()
-        else:
-            time.sleep(min(waited / 10, _LONGEST_NAP))
-
-
-# Seconds. Timers are dear on virtual machines: naps of microseconds cost more than they save.
-_PATIENCE = 0.01
-_LONGEST_NAP = 0.005
+    def _told_done(self) -> bool:
+        self._control.hear()
+        return self._control.done

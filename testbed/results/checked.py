@@ -1,0 +1,229 @@
+"""Takes things out of an HDF5 file that anyone may have written: nothing is believed unchecked.
+
+HDF5 follows links into other files, makes arrays of whatever size from a few bytes, and gives
+attributes of any type. A file of this testbed has nothing of the kind, so it is refused. All of it
+raises `ValueError`, which the reader turns into a message about the file.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+import h5py
+import numpy as np
+
+from testbed.results.schema import ANSWERS, ArraySpec, scenario_arrays
+
+H = TypeVar("H", bound=h5py.Group | h5py.Dataset)
+T = TypeVar("T", int, str, dict[str, Any], list[Any])
+
+# Deflate cannot do better than 1032 to 1; what claims more does not hold what it claims.
+_MOST_RATIO = 1040
+# Of arrays that were never written, and of what is read at a time of those that were.
+_FREE_BYTES = 1 << 28
+_MOST_CHUNK_BYTES = 1 << 24
+_FILTERS = {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32}
+_MOST_DEPTH = 40
+
+
+def member(group: h5py.Group, name: str, kind: type[H]) -> H:
+    """Return a group or dataset by its name in a group, or `ValueError`.
+
+    What a link leads to, in this file or in another one, is not looked at.
+    """
+    place = f"{group.name.rstrip('/')}/{name}"
+    link = group.get(name, getlink=True)
+    if not isinstance(link, h5py.HardLink):
+        raise ValueError(f"{place} is {'missing' if link is None else 'a link'}")
+    item = group[name]
+    if not isinstance(item, kind):
+        raise ValueError(f"{place} is no {kind.__name__.lower()}")
+    if isinstance(item, h5py.Dataset):
+        _check_stored(item)
+    return cast("H", item)
+
+
+def has(group: h5py.Group, name: str) -> bool:
+    """Return whether a group has a member of that name; ``in`` would follow a link."""
+    return group.get(name, getlink=True) is not None
+
+
+def has_array(group: h5py.Group, path: str) -> bool:
+    """Return whether there is a dataset of that path; links are refused."""
+    *parts, last = path.split("/")
+    for part in parts:
+        if not has(group, part):
+            return False
+        group = member(group, part, h5py.Group)
+    link = group.get(last, getlink=True)
+    if link is None:
+        return False
+    if isinstance(link, h5py.HardLink) and group.get(last, getclass=True) is h5py.Group:
+        return False
+    return bool(member(group, last, h5py.Dataset))
+
+
+def _check_stored(dataset: h5py.Dataset) -> None:
+    """Raise where the elements are elsewhere, or unpacking a few may take much memory."""
+    creation = dataset.id.get_create_plist()
+    if dataset.shape is None or dataset.dtype.kind not in "iufS":
+        raise ValueError(f"{dataset.name} holds no array of numbers or text")
+    if creation.get_layout() == h5py.h5d.VIRTUAL or creation.get_external_count():
+        raise ValueError(f"{dataset.name} has its elements in other places")
+    filters = {creation.get_filter(place)[0] for place in range(creation.get_nfilters())}
+    if not filters <= _FILTERS:
+        raise ValueError(f"{dataset.name} is packed by the filters {sorted(filters)}")
+    if dataset.chunks is not None:
+        chunk = math.prod(dataset.chunks) * dataset.dtype.itemsize
+        if chunk > max(_MOST_CHUNK_BYTES, dataset.nbytes):
+            raise ValueError(f"{dataset.name} has pieces of {chunk} bytes")
+
+
+def check_claim(dataset: h5py.Dataset, nbytes: int) -> None:
+    """Raise where so many bytes of an array are more than the file can hold of it."""
+    stored = dataset.id.get_storage_size()
+    if nbytes > max(_FREE_BYTES, _MOST_RATIO * stored):
+        raise ValueError(f"{dataset.name} announces {nbytes} bytes, the file holds {stored} of it")
+
+
+def length(group: h5py.Group, axis: str) -> int:
+    """Return the length of an axis of a scenario."""
+    scale = member(group, axis, h5py.Dataset)
+    if scale.ndim != 1 or not scale.is_scale or scale.dtype.kind not in "iu":
+        raise ValueError(f"{scale.name} is no axis")
+    if not 0 < scale.shape[0] < 1 << 31:
+        raise ValueError(f"{scale.name} has the length {scale.shape[0]}")
+    return int(scale.shape[0])
+
+
+def check_array(scenario: h5py.Group, path: str, dataset: h5py.Dataset) -> None:
+    """Raise where an array of a scenario has other axes, or another type, than the format says."""
+    axes = []
+    for size, dimension in zip(dataset.shape, dataset.dims, strict=True):
+        scales = dimension.values()
+        names = [str(scale.name) for scale in scales]
+        stem = f"{scenario.name}/"
+        if len(scales) != 1 or not names[0].startswith(stem) or scales[0].shape != (size,):
+            raise ValueError(f"{dataset.name} has an axis without a dimension scale of its length")
+        axes.append(names[0].removeprefix(stem))
+    for spec in _specified(path):
+        if axes == list(spec.axes) and dataset.dtype.kind == np.dtype(spec.dtype).kind:
+            return
+    if _specified(path):
+        raise ValueError(f"{dataset.name} is {dataset.dtype} with the axes {', '.join(axes)}")
+
+
+def _specified(path: str) -> list[ArraySpec]:
+    """Return what the format says of an array, one for each form that it may have."""
+    first, _, rest = path.partition("/")
+    last = rest.partition("/")[2]
+    if first == "attacks" and last in ANSWERS:
+        return [ArraySpec(("round", "client", "class"), ANSWERS[last])]
+    return [known[path] for known in _KNOWN if path in known]
+
+
+_KNOWN = [
+    scenario_arrays(
+        bias=True,
+        weight=True,
+        attacks={},
+        statistics=True,
+        update=True,
+        member=cohort,
+        accumulated=True,
+    )
+    for cohort in (False, True)
+]
+
+
+def text(attributes: Mapping[str, Any], name: str, default: str | None = None) -> str:
+    """Return an attribute that is text."""
+    value = attributes.get(name, default)
+    if not isinstance(value, str):
+        raise ValueError(
+            f"the attribute {name!r} is {'no text' if name in attributes else 'missing'}"
+        )
+    return value
+
+
+def whole(attributes: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """Return an attribute that is a natural number."""
+    value = attributes.get(name, default)
+    if not isinstance(value, (int, np.integer)) or not 0 <= value < 1 << 63:
+        raise ValueError(f"the attribute {name!r} is no natural number")
+    return int(value)
+
+
+def parsed(
+    attributes: Mapping[str, Any], name: str, kind: type[T], default: str | None = None
+) -> T:
+    """Return an attribute that is JSON for a mapping or a list."""
+    try:
+        value = json.loads(text(attributes, name, default))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the attribute {name!r}: {error}") from None
+    if not isinstance(value, kind) or _is_deep(value):
+        raise ValueError(f"the attribute {name!r} is no {kind.__name__} of plain values")
+    return value
+
+
+def _is_deep(value: object) -> bool:
+    level: list[object] = [value]
+    for _ in range(_MOST_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
+
+
+def check_parameters(parameters: Mapping[str, Any]) -> None:
+    """Raise where a value that readers rely on is none that an experiment can have."""
+    for key, value in parameters.items():
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise ValueError(f"the parameter {key!r} is a number of {value.bit_length()} bits")
+        for keys, accepts in _ACCEPTED.items():
+            if key in keys and not accepts(value):
+                raise ValueError(f"the parameter {key!r} is {value!r:.40}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and _is_number(value)
+
+
+def _is_named(value: object) -> bool:
+    """Return whether something is a list of names, or of mappings with names."""
+    return isinstance(value, list) and all(
+        isinstance(entry.get("name") if isinstance(entry, dict) else entry, str) for entry in value
+    )
+
+
+_ACCEPTED: Mapping[tuple[str, ...], Callable[[Any], bool]] = {
+    (
+        *("federation.rounds", "federation.clients", "federation.batch_size"),
+        *("federation.attack_every", "federation.evaluate_every", "seed"),
+    ): _is_whole,
+    (
+        *("federation.population", "federation.local_steps", "federation.local_epochs"),
+        "pretraining.steps",
+    ): lambda value: value is None or _is_whole(value),
+    (
+        *("federation.learning_rate", "federation.momentum", "federation.weight_decay"),
+        *("federation.proximal", "federation.dropout", "federation.statistics_noise"),
+        *("federation.server.learning_rate", "adversary.batch_size_factor", "epsilon", "delta"),
+    ): lambda value: value is None or _is_number(value),
+    (
+        *("data.name", "model.name", "labels.distribution", "federation.algorithm"),
+        *("federation.batch_norm", "federation.server.optimizer", "partition.kind", "note"),
+    ): lambda value: isinstance(value, str),
+    ("data.root", "data.variant"): lambda value: value is None or isinstance(value, str),
+    ("federation.fresh_model",): lambda value: isinstance(value, bool),
+    ("attacks", "defenses"): lambda value: value is None or _is_named(value),
+}

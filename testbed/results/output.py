@@ -1,0 +1,89 @@
+"""The names of a results file while it is written, and who may write it."""
+
+import errno
+import fcntl
+import os
+import re
+from pathlib import Path
+
+from testbed.errors import UserError
+from testbed.results.opening import PARTIAL
+
+
+def partial_path(path: Path) -> Path:
+    """Return the name that a results file has while it is being written."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def unborn_path(path: Path) -> Path:
+    """Return the name that a results file has before it can be read."""
+    return path.with_name(path.name + ".creating")
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Raise `UserError` where a results file could not be created."""
+    check_folder(path)
+    partial = partial_path(path)
+    if partial.exists():
+        with partial.open("r+b") as file:
+            if not hold(file.fileno()):
+                raise being_written(partial)
+    if overwrite:
+        return
+    if path.exists():
+        raise UserError(f"{path}: the file exists: choose another name, or pass --overwrite")
+    if partial.exists():
+        raise UserError(
+            f"{partial}: the file exists: it was left by a run that was stopped; choose another "
+            "name, or pass --overwrite to discard its rounds"
+        )
+
+
+def check_folder(path: Path) -> None:
+    """Raise `UserError` where no results file of that name could be."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: the folder {path.parent} does not exist: create it first")
+    if path.is_dir():
+        raise UserError(f"{path}: this is a folder, expected the name of a results file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: the folder {path.parent} cannot be written to")
+    partial = partial_path(path)
+    if partial.is_dir():
+        raise UserError(f"{partial}: this is a folder: choose another name for the results")
+
+
+def being_written(partial: Path) -> UserError:
+    """Return the error of a file that another process is writing."""
+    return UserError(f"{partial}: a run is writing this file: choose another name")
+
+
+def hold(descriptor: int) -> bool:
+    """Lock a file for this process until it is closed; return whether no other one holds it.
+
+    A POSIX lock, which also works between the nodes of a cluster, and does not meet the locks of
+    HDF5 itself, which are of the other kind. The lock is lost when this process closes any other
+    descriptor of the file.
+    """
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
+
+
+def has_name(descriptor: int, path: Path) -> bool:
+    """Return whether an open file still has its name, and no other one has taken it."""
+    try:
+        named = path.stat()
+    except OSError:
+        return False
+    opened = os.fstat(descriptor)
+    return (named.st_ino, named.st_dev) == (opened.st_ino, opened.st_dev)
+
+
+def reason(error: Exception) -> str:
+    """Return what an error of HDF5 or the system says, in a few words."""
+    system = re.search("error message = '([^']*)'", str(error))
+    if system:
+        return system[1]
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0]

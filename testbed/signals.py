@@ -1,0 +1,51 @@
+"""Signals that end a run in good order.
+
+``mpirun`` forwards SIGUSR2 to every rank; Slurm sends SIGTERM before it takes a node away, and any
+signal that it is asked for before the time is up. The root finishes its round; the other ranks wait
+for it.
+"""
+
+import signal
+from types import FrameType
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignal:
+    """Notes that a signal has asked for the end of the run.
+
+    A second SIGINT interrupts the program at once.
+
+    Attributes
+    ----------
+    name
+        Of the signal; empty as long as none has come.
+    heeded
+        Whether this process acts on it, as the root does; the others leave that to the root.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.heeded = True
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return bool(self.name)
+
+    def install(self) -> "StopSignal":
+        """Take over the signals; from the main thread."""
+        for number in _SIGNALS:
+            # What a shell starts in the background is to ignore SIGINT, and keeps doing so.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if not self.heeded:
+            return
+        if number == signal.SIGINT and self.name:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
