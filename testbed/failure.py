@@ -77,6 +77,7 @@ def guarded(transport: Transport, position: Position, body: Callable[[], None]) 
     """
     try:
         body()
+        transport.part()
     except _Stopped:
         return EXIT_USER_ERROR
     except StopAsked as stop:

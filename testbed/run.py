@@ -285,6 +285,7 @@ class _Run:
             "ranks": ranks,
             "scenarios": headers,
             "commit_seconds": experiment.results.commit_seconds,
+            "mode": experiment.results.mode,
         }
         if self._job.resuming:
             writer = ResultsWriter.resume(output, **arguments)

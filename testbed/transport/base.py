@@ -274,3 +274,7 @@ class Transport(ABC):
     @abstractmethod
     def finish(self) -> None:
         """Wait until the root is done."""
+
+    @abstractmethod
+    def part(self) -> None:
+        """End this process with status 0 if MPI, after a loss, cannot end as it should."""

@@ -6,18 +6,22 @@ messages: the plan tells every rank what comes next.
 """
 
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
 
 from testbed.transport.base import RanksLost, StopAsked
 
-_SAY, _ANSWER, _GATE = 1, 2, 3
+T = TypeVar("T")
+
+_SAY, _ANSWER, _GATE, _OBJECT = 1, 2, 3, 4
 # Of a message from the root, int64: what, a number, how many more, and these.
 _WORDS = 64
 _MOST = _WORDS - 3
@@ -219,6 +223,48 @@ def gate(
             wait(request)
         for request in [comm.Isend(nothing, dest=rank, tag=_GATE) for rank in others]:
             wait(request)
+
+
+def gather_objects(comm: MPI.Intracomm, control: Control, value: T) -> list[T]:
+    """Return every rank's value on the first rank, nothing elsewhere; pickled, for set-up.
+
+    Point to point, since a rank that waits in a blocking collective does not hear of a loss.
+    """
+    if comm.rank:
+        _send(comm, control, 0, value)
+        return []
+    return [value, *(_receive(comm, control, rank) for rank in range(1, comm.size))]
+
+
+def spread_object(comm: MPI.Intracomm, control: Control, value: T) -> T:
+    """Return the first rank's value on every rank; see `gather_objects`."""
+    if comm.rank:
+        received: T = _receive(comm, control, 0)
+        return received
+    for rank in range(1, comm.size):
+        _send(comm, control, rank, value)
+    return value
+
+
+def _send(comm: MPI.Intracomm, control: Control, rank: int, value: object) -> None:
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    length = np.array([len(data)], np.int64)
+    with noticing():
+        requests = [comm.Isend(part, dest=rank, tag=_OBJECT) for part in (length, data)]
+    for request in requests:
+        control.wait(request)
+
+
+def _receive(comm: MPI.Intracomm, control: Control, rank: int) -> Any:
+    length = np.zeros(1, np.int64)
+    with noticing():
+        request = comm.Irecv(length, source=rank, tag=_OBJECT)
+    control.wait(request)
+    data = np.empty(int(length[0]), np.uint8)
+    with noticing():
+        request = comm.Irecv(data, source=rank, tag=_OBJECT)
+    control.wait(request)
+    return pickle.loads(data.tobytes())  # of a rank of this run
 
 
 def _over(request: MPI.Request) -> bool:

@@ -112,6 +112,10 @@ class LocalTransport(Transport):
     def finish(self) -> None:
         pass
 
+    @override
+    def part(self) -> None:
+        pass
+
 
 class _LocalDownlink(Downlink):
     def __init__(self, message: Message, worker: Worker) -> None:

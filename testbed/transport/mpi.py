@@ -37,7 +37,7 @@ from testbed.transport.base import (
     Transport,
     Worker,
 )
-from testbed.transport.control import Control, Word, gate, noticing
+from testbed.transport.control import Control, Word, gate, gather_objects, noticing, spread_object
 from testbed.transport.downlink import MODEL, UPDATE, WANTED, MPIDownlink, check_size, reduce, sent
 from testbed.transport.local import LocalTransport
 from testbed.transport.states import receive_states, send_states
@@ -111,8 +111,6 @@ class MPITransport(Transport):
 
     @override
     def leave(self, status: int) -> None:
-        if status == 0:
-            return
         # What is under way between the ranks will never be finished, as MPI_Finalize would want.
         with contextlib.suppress(RanksLost, MPI.Exception):
             gate(self._channels.control, self._control, limit=_FAREWELL)
@@ -121,25 +119,24 @@ class MPITransport(Transport):
         os._exit(status)
 
     @override
+    def part(self) -> None:
+        if self.size < self.started:  # MPI_Finalize would wait for the dead, now and then
+            self.leave(0)
+
+    @override
     def broadcast(self, value: T) -> T:
-        gate(self._comm, self._control)
-        with noticing():
-            result: T = self._comm.bcast(value)
-        return result
+        return spread_object(self._comm, self._control, value)
 
     @override
     def gather(self, value: T) -> list[T]:
-        gate(self._comm, self._control)
-        with noticing():
-            result: list[T] = self._comm.allgather(value)
-        return result
+        return spread_object(
+            self._comm, self._control, gather_objects(self._comm, self._control, value)
+        )
 
     @override
     def collect(self, arrays: Sequence[NDArray[np.float32]]) -> list[list[NDArray[np.float32]]]:
-        gate(self._comm, self._control)
-        with noticing():
-            shapes = self._comm.gather([array.shape for array in arrays])
-        if shapes is None:
+        shapes = gather_objects(self._comm, self._control, [array.shape for array in arrays])
+        if not self.is_root:
             for array in arrays:
                 self._wait(self._comm.Isend(np.ascontiguousarray(array), dest=0, tag=_STATE))
             return []
@@ -175,10 +172,10 @@ class MPITransport(Transport):
                 failure = error
             except Exception:
                 failure = RuntimeError(f"on host {self.host}: {traceback.format_exc()}")
-        gate(node, self._control)
         shapes = {name: (array.shape, array.dtype.str) for name, array in arrays.items()}
-        with noticing():
-            failure, description, shapes = node.bcast((failure, description, shapes))
+        failure, description, shapes = spread_object(
+            node, self._control, (failure, description, shapes)
+        )
         if failure is not None:
             raise failure
         shared: dict[str, NDArray[np.generic]] = {}
@@ -206,8 +203,7 @@ class MPITransport(Transport):
         descriptor = os.memfd_create("testbed") if leads else -1
         if leads:
             os.ftruncate(descriptor, max(size, 1))
-        with noticing():
-            place = node.bcast(f"/proc/{os.getpid()}/fd/{descriptor}")
+        place = spread_object(node, self._control, f"/proc/{os.getpid()}/fd/{descriptor}")
         if not leads:
             descriptor = os.open(place, os.O_RDWR)
         memory = mmap.mmap(descriptor, max(size, 1))

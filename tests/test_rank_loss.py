@@ -1,0 +1,219 @@
+"""Ranks that die or hang: with ULFM the others take over, and the results are the same bits."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chaos
+import pytest
+from launching import (
+    assert_same_results,
+    command,
+    environment,
+    finish,
+    has_ulfm,
+    kill_tree,
+    run_testbed,
+    under_mpirun,
+    write_experiment,
+)
+
+from testbed.results.reader import open_results
+
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def failing(tmp_path):
+    """Return a function that writes an experiment whose model fails on one rank."""
+    shutil.copy(Path(__file__).with_name("failing_model.py"), tmp_path)
+
+    def write(fault, *, rank=2, after=6, name="e.yaml", **changes):
+        arguments = {"fault": fault, "rank": rank, "after": after}
+        content = {
+            "model": {"name": "failing_model:Failing", "init": "torch", "arguments": arguments},
+            "federation": {"rounds": 12, "clients": 4, "batch_size": 8},
+            "results": {"commit_seconds": 0, "checkpoint_seconds": 0},
+            **changes,
+        }
+        return write_experiment(tmp_path / name, **content)
+
+    return write
+
+
+def tolerant(experiment, output, ranks, *options, cwd):
+    """Run an experiment under an mpirun that survives the loss of ranks."""
+    line = [sys.executable, "-m", "testbed", "run", str(experiment), "-o", str(output), *options]
+    words = under_mpirun([*line, "--on-rank-loss", "continue"], ranks, "--with-ft", "ulfm")
+    return finish(words, cwd=cwd, timeout=90)
+
+
+STATES = {
+    "federation": {
+        "rounds": 12,
+        "clients": 4,
+        "population": 7,
+        "batch_size": 8,
+        "server": {"optimizer": "momentum"},
+    },
+    "defenses": [{"name": "top_k", "theta": 0.9, "error_feedback": True}],
+}
+SUMS = {"defenses": [{"name": "secure_aggregation", "protocol": "reduction"}]}
+PROBE = {"federation": {"rounds": 12, "clients": 3, "batch_size": 8, "fresh_model": True}}
+
+
+@pytest.mark.mpi
+@pytest.mark.ulfm
+@pytest.mark.parametrize(
+    ("changes", "ranks"),
+    [({}, 4), (STATES, 4), (SUMS, 4), (PROBE, 3), (STATES, 2)],
+    ids=["training", "client states", "sums", "probe", "the only client rank"],
+)
+def test_survivors_take_over_a_rank_that_dies_while_it_computes(failing, tmp_path, changes, ranks):
+    victim = ranks // 2
+    experiment = failing("kill", rank=victim, **changes)
+    done = tolerant(experiment, "r.h5", ranks, cwd=tmp_path)
+    assert done.status == 0, done.err
+    left = ranks - 1
+    assert f"rank {victim} on {HOST} has died" in done.err
+    assert f"going on with {left} rank{'s' * (left > 1)}" in done.err
+    whole = failing("none", name="whole.yaml", **changes)
+    assert run_testbed("run", whole, "-o", "whole.h5", cwd=tmp_path).status == 0
+    with open_results(tmp_path / "r.h5") as results:
+        (loss,) = results.losses
+        assert (loss.rank, loss.host, loss.reason) == (victim, HOST, "killed")
+        assert 0 <= loss.round < 12
+        assert 0 < loss.seconds < 20
+    assert_same_but_the_model(tmp_path / "r.h5", tmp_path / "whole.h5")
+
+
+def assert_same_but_the_model(first, second):
+    """Assert that two files hold the same arrays: only the fault's name differs in the model."""
+    assert_same_results(first, second)
+
+
+@pytest.mark.mpi
+@pytest.mark.ulfm
+def test_a_rank_that_hangs_is_named_after_the_deadline_and_then_taken_for_lost(failing, tmp_path):
+    experiment = failing("stop", **STATES)
+    done = tolerant(experiment, "r.h5", 3, "--deadline", "3", cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert f"rank 2 on {HOST} does not answer" in done.err
+    whole = failing("none", name="whole.yaml", **STATES)
+    assert run_testbed("run", whole, "-o", "whole.h5", cwd=tmp_path).status == 0
+    assert_same_results(tmp_path / "r.h5", tmp_path / "whole.h5")
+    with open_results(tmp_path / "r.h5") as results:
+        assert [(loss.rank, loss.reason) for loss in results.losses] == [(2, "stuck")]
+
+
+@pytest.mark.mpi
+def test_a_rank_that_hangs_ends_the_run_where_nothing_else_is_asked(failing, tmp_path):
+    line = command("run", failing("stop"), "-o", "r.h5", "--deadline", "3", ranks=3)
+    done = finish(line, cwd=tmp_path, timeout=60)
+    assert done.status not in (0, 2)
+    assert f"rank 2 on {HOST} gave no answer within 3 s; what is committed is readable" in done.err
+    assert "Traceback" not in done.err
+    with open_results(tmp_path / "r.h5") as results:
+        assert 0 < results.scenarios[0].committed < 12
+    # It goes on, without the fault: by a rank number that there is not.
+    resumed = run_testbed("resume", "r.h5", cwd=tmp_path)
+    assert resumed.status == 0, resumed.err
+
+
+@pytest.mark.mpi
+@pytest.mark.ulfm
+def test_ranks_that_only_wait_are_not_taken_for_stuck(failing, tmp_path):
+    """Of four ranks only two have clients, and the root is slower than the deadline."""
+    (tmp_path / "slow_attack.py").write_text(
+        "import time\n"
+        "from dataclasses import dataclass\n"
+        "from typing import ClassVar\n"
+        "from testbed.attacks.llg import LLG\n"
+        "@dataclass(frozen=True)\n"
+        "class Slow(LLG):\n"
+        "    name: ClassVar = 'slow'\n"
+        "    def infer(self, observations, calibration):\n"
+        "        time.sleep(1.5)\n"
+        "        return super().infer(observations, calibration)\n"
+    )
+    experiment = failing(
+        "none",
+        attacks=["llg", {"name": "slow_attack:Slow"}],
+        federation={"rounds": 3, "clients": 2, "batch_size": 8},
+    )
+    done = tolerant(experiment, "r.h5", 4, "--deadline", "1", cwd=tmp_path)
+    assert done.status == 0, done.err
+    with open_results(tmp_path / "r.h5") as results:
+        assert results.complete
+        assert results.losses == []
+
+
+@pytest.mark.mpi
+@pytest.mark.ulfm
+def test_a_lost_rank_ends_the_run_by_default_with_its_name(failing, tmp_path):
+    line = [sys.executable, "-m", "testbed", "run", str(failing("kill")), "-o", "r.h5"]
+    done = finish(under_mpirun(line, 3, "--with-ft", "ulfm"), cwd=tmp_path, timeout=60)
+    assert done.status not in (0, 2)
+    assert f"rank 2 on {HOST} died; what is committed is readable" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.mpi
+def test_without_fault_tolerance_the_option_is_refused_with_the_reason(failing, tmp_path):
+    experiment = failing("none")
+    line = ("run", experiment, "-o", "r.h5", "--on-rank-loss", "continue")
+    done = run_testbed(*line, ranks=2, cwd=tmp_path)
+    assert done.status == 2
+    errors = [text for text in done.err.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1
+    assert "mpirun --with-ft ulfm" in errors[0]
+    reason = "without fault tolerance" if has_ulfm() else "ends all ranks when one dies"
+    assert reason in errors[0]
+    alone = run_testbed(*line, cwd=tmp_path)
+    assert alone.status == 2
+    assert "a single process has no other rank to lose" in alone.err
+    assert not list(tmp_path.glob("r.h5*"))
+
+
+@pytest.mark.mpi
+@pytest.mark.ulfm
+@pytest.mark.parametrize("victims", [(1,), (1, 2, 3)])
+def test_ranks_may_die_before_the_first_round(failing, tmp_path, victims):
+    """While they import PyTorch, load the data, or build the models."""
+    experiment = failing("none", **STATES)
+    line = [sys.executable, "-m", "testbed", "run", str(experiment), "-o", "r.h5"]
+    words = under_mpirun([*line, "--on-rank-loss", "continue"], 4, "--with-ft", "ulfm")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, sys, threading, time\n"
+        "def watch():\n"
+        "    while 'testbed.startup' not in sys.modules:\n"
+        "        time.sleep(0.002)\n"
+        "    open(f\"ready{os.environ.get('OMPI_COMM_WORLD_RANK')}\", 'w').close()\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+    )
+    env = {**environment(), "PYTHONPATH": str(tmp_path)}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            words, cwd=tmp_path, env=env, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        end = time.monotonic() + 60
+        while not all((tmp_path / f"ready{rank}").exists() for rank in victims):
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        ranks = chaos.ranks_of(process.pid)
+        for victim in victims:
+            os.kill(ranks[victim], signal.SIGKILL)
+        status = process.wait(timeout=90)
+    finally:
+        kill_tree(process.pid)
+    said = (tmp_path / "log").read_text()
+    assert status == 0, said
+    with open_results(tmp_path / "r.h5") as results:
+        assert results.complete
+        assert sorted(loss.rank for loss in results.losses) == list(victims)

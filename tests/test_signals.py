@@ -1,0 +1,193 @@
+"""Signals: a run that is asked to stop finishes its round, saves, and can go on."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from chaos import ranks_of
+from launching import (
+    MPIRUN,
+    assert_same_results,
+    command,
+    environment,
+    kill_tree,
+    run_testbed,
+    write_experiment,
+)
+
+from testbed.results.reader import open_results
+from testbed.signals import EXIT_STOPPED
+
+LAUNCHER = Path(__file__).parent.parent / "launch/mpirun"
+TRAINING = {
+    "clients": 3,
+    "population": 5,
+    "batch_size": 8,
+    "algorithm": "fedavg",
+    "local_steps": 2,
+}
+
+
+def written(path, rounds, **results):
+    return write_experiment(
+        path,
+        attacks=["llg"],
+        federation={**TRAINING, "rounds": rounds},
+        defenses=[{"name": "top_k", "theta": 0.9, "error_feedback": True}],
+        results={"commit_seconds": 3600, **results},
+    )
+
+
+def started(line, tmp_path):
+    """Start a program, and wait until its rounds have begun."""
+    with (tmp_path / "log").open("ab") as log:
+        process = subprocess.Popen(
+            line,
+            env={**environment(), "MPIRUN": MPIRUN},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    end = time.monotonic() + 90
+    while not (tmp_path / "r.h5.partial").exists():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    time.sleep(0.7)
+    return process
+
+
+def stopped(process, tmp_path):
+    """Wait for the end of a run that was asked to stop; return how many rounds it left."""
+    try:
+        status = process.wait(timeout=40)
+    finally:
+        kill_tree(process.pid)
+    said = (tmp_path / "log").read_text()
+    assert status == EXIT_STOPPED, said
+    assert "Traceback" not in said
+    assert f"go on with: python -m testbed resume {tmp_path / 'r.h5'}" in said
+    with open_results(tmp_path / "r.h5") as results:
+        (scenario,) = results.scenarios
+        assert 0 < scenario.committed < scenario.rounds
+        assert f"round {scenario.committed}" in said
+        return scenario.committed
+
+
+@pytest.mark.mpi
+def test_sigusr2_to_mpirun_stops_the_run_after_its_round_and_it_goes_on(tmp_path):
+    # Long enough not to be over before the signal comes.
+    experiment = written(tmp_path / "e.yaml", rounds=120, checkpoint_seconds=3600)
+    line = command("run", experiment, "-o", tmp_path / "r.h5", "--progress", "none", ranks=3)
+    process = started(line, tmp_path)
+    process.send_signal(signal.SIGUSR2)
+    stopped(process, tmp_path)
+    assert (tmp_path / "r.h5.checkpoint").exists()
+    done = run_testbed("resume", tmp_path / "r.h5", ranks=2)
+    assert done.status == 0, done.err
+    assert run_testbed("run", experiment, "-o", tmp_path / "whole.h5").status == 0
+    assert_same_results(tmp_path / "r.h5", tmp_path / "whole.h5")
+    assert not (tmp_path / "r.h5.checkpoint").exists()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_the_launcher_translates_what_mpirun_does_not_forward(tmp_path, name):
+    experiment = written(tmp_path / "e.yaml", rounds=100_000)
+    words = command("run", experiment, "-o", tmp_path / "r.h5", "--progress", "none")
+    process = started([str(LAUNCHER), "-n", "2", *words], tmp_path)
+    process.send_signal(signal.Signals[name])
+    stopped(process, tmp_path)
+
+
+@pytest.mark.mpi
+def test_a_second_sigint_to_the_launcher_ends_everything_at_once(tmp_path):
+    experiment = written(tmp_path / "e.yaml", rounds=100_000)
+    words = command("run", experiment, "results.commit_seconds=0", "-o", tmp_path / "r.h5")
+    process = started([str(LAUNCHER), "-n", "2", *words, "--progress", "none"], tmp_path)
+    ranks = ranks_of(process.pid)
+    os.kill(ranks[0], signal.SIGSTOP)  # so that it cannot stop by itself
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    try:
+        assert process.wait(timeout=10) == 130
+        assert time.monotonic() - began < 5
+    finally:
+        kill_tree(process.pid)
+        for rank in ranks.values():
+            if Path(f"/proc/{rank}").exists():
+                os.kill(rank, signal.SIGKILL)
+    with open_results(tmp_path / "r.h5") as results:
+        assert results.scenarios[0].committed > 0
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR2"])
+def test_a_single_process_stops_after_its_round(tmp_path, name):
+    experiment = written(tmp_path / "e.yaml", rounds=100_000)
+    line = command("run", experiment, "-o", tmp_path / "r.h5", "--progress", "none")
+    process = started(line, tmp_path)
+    process.send_signal(signal.Signals[name])
+    rounds = stopped(process, tmp_path)
+    assert f"stopped by {name}, scenario 0, round {rounds}" in (tmp_path / "log").read_text()
+
+
+def test_a_second_sigint_stops_a_round_that_does_not_end(tmp_path):
+    (tmp_path / "stuck_model.py").write_text(
+        "import time, torch\n"
+        "class Stuck(torch.nn.Sequential):\n"
+        "    calls = 0\n"
+        "    def __init__(self):\n"
+        "        super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+        "    def forward(self, images):\n"
+        "        Stuck.calls += self.training\n"
+        "        while Stuck.calls > 8:\n"
+        "            time.sleep(0.05)\n"
+        "        return super().forward(images)\n"
+    )
+    experiment = write_experiment(
+        tmp_path / "e.yaml", model={"name": "stuck_model:Stuck", "init": "torch"}
+    )
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command("run", experiment, "-o", "r.h5", "results.commit_seconds=3600"),
+            cwd=tmp_path,
+            env=environment(),
+            stderr=log,
+        )
+    end = time.monotonic() + 60
+    while not (tmp_path / "r.h5.partial").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None  # it would finish its round
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    said = (tmp_path / "log").read_text()
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    with open_results(tmp_path / "r.h5") as results:
+        assert results.scenarios[0].committed == 2
+
+
+@pytest.mark.mpi
+def test_other_ranks_leave_signals_to_the_root(tmp_path):
+    experiment = written(tmp_path / "e.yaml", rounds=100_000)
+    line = command("run", experiment, "-o", tmp_path / "r.h5", "--progress", "none", ranks=3)
+    process = started(line, tmp_path)
+    try:
+        ranks = ranks_of(process.pid)
+        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+            os.kill(ranks[1], number)
+        time.sleep(1)
+        assert process.poll() is None
+        os.kill(ranks[0], signal.SIGTERM)  # as Slurm does
+        stopped(process, tmp_path)
+    finally:
+        kill_tree(process.pid)
