@@ -140,7 +140,7 @@ def _labels(text: str) -> list[str]:
 def _show(arguments: argparse.Namespace) -> None:
     from analysis.show import show
 
-    print("\n".join(show(file) for file in arguments.files), end="")
+    write_out("\n".join(show(file) for file in arguments.files), None, "description")
 
 
 def _table(arguments: argparse.Namespace) -> None:

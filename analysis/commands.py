@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from testbed.errors import UserError
+from testbed.errors import UserError, printable
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -219,7 +219,11 @@ def _arrays(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_out(text: str, path: Path | None, what: str) -> None:
-    """Write text to a file, or print it; `UserError` where the file cannot be written."""
+    """Write text to a file, or print it; `UserError` where the file cannot be written.
+
+    Files may hold any text as the name of something: a terminal gets what can be printed.
+    """
+    text = "\n".join(map(printable, text.split("\n")))
     if path is None:
         print(text, end="")
         return

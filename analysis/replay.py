@@ -120,6 +120,10 @@ class _Scenario:
                     f"{path} holds answers of an attack {one.label!r} already: give the new one "
                     "another name with --label, or leave all stored ones out with --only"
                 )
+        for label in kept:
+            path = f"attacks/{label}/{stored.scenario.attacks[label].answers}"
+            if path not in stored.arrays:
+                raise stored.scenario.damaged(f"{path} is missing")
         self._idle = {one.label: not_applicable(one.attack, stored.facts) for one in chosen}
         self._active = [one for one in chosen if not self._idle[one.label]]
         for one in self._active:
@@ -138,6 +142,9 @@ class _Scenario:
             if source is not None:
                 used |= {f"attacks/{source}/calibration/{name}" for name in one.attack.arrays()}
         read = sorted(used | self._copied.keys())
+        for name in read:
+            if name not in self._stored.arrays:
+                raise scenario.damaged(f"{name} is missing")
         step = max(1, _BLOCK_BYTES // self._stored.bytes_per_round(read))
         for start in range(0, scenario.committed, step):
             stop = min(start + step, scenario.committed)
@@ -152,9 +159,13 @@ class _Scenario:
         attacked: NDArray[np.bool_] = np.all(rows["truth/counts"] >= 0, axis=-1)
         if "observations/labels" in rows:
             attacked &= rows["observations/labels"] >= 0
-        else:  # version 1.0
+        elif rows["updates/finite"].shape == attacked.shape:  # version 1.0
             attacked &= rows["updates/finite"] == 1
+        else:
+            raise self._stored.scenario.damaged("observations/labels is missing")
         seen, steps = np.flatnonzero(attacked), self._steps(rows)
+        if (steps[seen] < 1).any():
+            raise self._stored.scenario.damaged("an update of less than one local step")
         added: dict[str, Any] = {}
         # A calibration serves all updates of equally many local steps.
         for count in np.unique(steps[seen]):
@@ -162,7 +173,9 @@ class _Scenario:
             whole = self._observations(rows, group, int(count))
             for one in self._active:
                 started = time.perf_counter()
-                found = self._answer(one, number, rows, whole)
+                # Numbers of a file may be anything; what comes of them is checked.
+                with np.errstate(all="ignore"):
+                    found = self._answer(one, number, rows, whole)
                 for path, (values, each) in found.items():
                     if each:
                         kept = added.get(path)

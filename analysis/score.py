@@ -13,6 +13,8 @@ Columns = Mapping[str, NDArray[Any]]
 
 BASELINES = ("random", "uniform", "oracle")
 ACCUMULATED = "accumulated"
+# What a guess would score is computed for each number of labels, in time and memory as many.
+_MOST_LABELS = 1 << 20
 _DEFENCES = ("defense", "defenses")
 # With these an update is no sum of gradients of the cross entropy.
 _ALTERED = ("federation.momentum", "federation.weight_decay", "federation.proximal")
@@ -36,11 +38,12 @@ def score_rounds(scenario: "Scenario", start: int, stop: int) -> Sequence[tuple[
     if not known.any():
         return []
     rounds, clients = np.nonzero(known)
-    truth = truth[known].astype(np.int64)
+    truth = _counts(scenario, "truth/counts", truth[known])
     labels = truth.sum(axis=-1)
     believed = labels
     if scenario.has("observations/labels"):
         believed = scenario.array("observations/labels", start, stop)[known]
+        _check_labels(scenario, "observations/labels", believed)
     accuracy = np.full(stop - start, np.nan)
     if scenario.has("rounds/accuracy"):
         accuracy = scenario.array("rounds/accuracy", start, stop)
@@ -53,7 +56,8 @@ def score_rounds(scenario: "Scenario", start: int, stop: int) -> Sequence[tuple[
     }
     targets = {"update": (truth, believed, common | _guesses(truth, believed))}
     if any(info.target == ACCUMULATED for info in scenario.attacks.values()):
-        whole = scenario.array("truth/accumulated", start, stop)[known].astype(np.int64)
+        whole = scenario.array("truth/accumulated", start, stop)[known]
+        whole = _counts(scenario, "truth/accumulated", whole)
         # The server takes all updates of a client to be of the size that it takes this one for.
         share = np.where(labels > 0, believed / np.maximum(labels, 1), 1)
         taken = np.maximum(np.rint(whole.sum(axis=-1) * share), 1).astype(np.int64)
@@ -74,6 +78,19 @@ def score_rounds(scenario: "Scenario", start: int, stop: int) -> Sequence[tuple[
             values = metrics.score(info.answers, right, answers, size)
         scored.append((label, {**columns, **values}))
     return scored
+
+
+def _counts(scenario: "Scenario", name: str, values: NDArray[Any]) -> NDArray[np.int64]:
+    counts = values.astype(np.int64)
+    _check_labels(scenario, name, counts.sum(axis=-1))
+    return counts
+
+
+def _check_labels(scenario: "Scenario", name: str, labels: NDArray[Any]) -> None:
+    """Raise `UserError` where updates have more labels than any run has."""
+    most = int(labels.max(initial=0))
+    if most > _MOST_LABELS:
+        raise scenario.damaged(f"{name} has {most} labels in an update")
 
 
 def _guesses(truth: NDArray[np.int64], labels: NDArray[Any]) -> dict[str, NDArray[np.float64]]:

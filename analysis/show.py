@@ -11,8 +11,10 @@ from analysis.score import ACCUMULATED
 from testbed.defenses.described import NONE, defense_label, named
 
 if TYPE_CHECKING:
-    from testbed.results.reader import Rank, Results, Scenario
+    from testbed.results.reader import Rank, Results, Scenario, Start
 
+# How many starts and losses at either end of a long list are shown.
+_SHOWN = 4
 # What was found instead, by obstacle and attack, and by scenario.
 _Found = dict[tuple[str, str], dict[int, str]]
 
@@ -78,8 +80,52 @@ def _provenance(results: "Results") -> list[tuple[str, str]]:
         ("MPI", text("mpi_library") or "none (a single process)"),
         ("Slurm job", slurm or "none"),
         *_placement(results.ranks),
+        *_starts(results.starts),
+        *_losses(results),
         ("packages", _packages(text("dependencies")) or "unknown"),
     ]
+
+
+def _starts(starts: Sequence["Start"]) -> list[tuple[str, str]]:
+    """Return when a run was started that was started more than once."""
+    if len(starts) < 2:
+        return []
+    lines = []
+    for start in starts:
+        line = f"{start.time} with {_number(start.ranks, 'rank')}"
+        line += f", after {_number(start.committed, 'round')}" if start.committed else ""
+        lines.append(line + (f", Slurm job {start.slurm_job}" if start.slurm_job else ""))
+    return [("started", f"{len(starts)} times"), *(("", line) for line in _ends(lines))]
+
+
+def _losses(results: "Results") -> list[tuple[str, str]]:
+    """Return which ranks a run lost, and where."""
+    losses = results.losses
+    if not losses:
+        return []
+    lines = []
+    for loss in losses:
+        where = f"rank {loss.rank} on {loss.host}, {loss.reason}"
+        if len(results.starts) > 1:
+            where += f" during start {loss.start + 1}"
+        where += f" at round {loss.round}"
+        if len(results.scenarios) > 1:
+            where += f" of scenario {_sweep_number(results, loss.scenario)}"
+        lines.append(f"{where}; the run went on after {loss.seconds:.2g} s")
+    return [("lost", _number(len(losses), "rank")), *(("", line) for line in _ends(lines))]
+
+
+def _sweep_number(results: "Results", index: int) -> int:
+    known = {scenario.index: scenario.number for scenario in results.scenarios}
+    return known.get(index, index)
+
+
+def _ends(lines: Sequence[str]) -> list[str]:
+    """Return the first and the last lines of many."""
+    if len(lines) <= 2 * _SHOWN:
+        return list(lines)
+    left = len(lines) - 2 * _SHOWN
+    return [*lines[:_SHOWN], f"... {left} more ...", *lines[-_SHOWN:]]
 
 
 def _packages(dependencies: str) -> str:

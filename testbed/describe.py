@@ -202,7 +202,7 @@ def _results_bytes(plan: ScenarioPlan) -> int | None:
         lengths["feature"] = info.features(shape)
         lengths["buffer"] = info.buffers
         lengths["parameter"] = info.parameters(shape, classes) + info.buffers
-    attacked = sum(map(plan.is_attacked, range(plan.rounds)))
+    attacked = -(-plan.rounds // scenario.federation.attack_every)
     return uncompressed_bytes(arrays, lengths, attacked)
 
 

@@ -1,7 +1,10 @@
 """Errors that are the user's to mend: one message, no traceback, exit status 2."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+
+_MOST_LINES, _LONGEST = 40, 2000
 
 
 class UserError(Exception):
@@ -9,7 +12,39 @@ class UserError(Exception):
 
     The message names what was found, what was expected, and the fix. The command line prints it
     without a traceback and exits with status 2.
+
+    Parameters
+    ----------
+    lines
+        The message, one line for each thing that is wrong. Of what was found in files, characters
+        that would break a line, or that a terminal would obey, are shown as escapes, and what is
+        very long is cut.
     """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+
+    def __str__(self) -> str:
+        lines = [_shortened(printable(line)) for line in self.args[:_MOST_LINES]]
+        if len(self.args) > _MOST_LINES:
+            lines.append(f"... and {len(self.args) - _MOST_LINES} more")
+        return "\n".join(lines)
+
+
+def _shortened(line: str) -> str:
+    """Return a line without the middle of one that fills a screen; its end says what to do."""
+    half = _LONGEST // 2
+    return line if len(line) <= _LONGEST else f"{line[:half]} [...] {line[-half:]}"
+
+
+def printable(text: str) -> str:
+    """Return a line of text with control characters and lone surrogates as Python's escapes."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in ("Cc", "Cs")
+        else character
+        for character in text
+    )
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -199,9 +199,12 @@ class Scenario(Section):
 
 def _same_place(one: Path | None, other: Path | None) -> bool:
     """Return whether two roots are the same on disk, however they are written."""
-    return one == other or (
-        one is not None and other is not None and one.resolve() == other.resolve()
-    )
+    if one is None or other is None or one == other:
+        return one == other
+    try:
+        return one.resolve() == other.resolve()
+    except (OSError, RuntimeError):  # links that lead around in a circle
+        return False
 
 
 class Experiment(Scenario):
@@ -283,7 +286,9 @@ def load_experiment(
         names the file, each such key, what was found and what is allowed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            # What is too long is refused behind this, and some files have no end.
+            text = file.read(sweeps.MAX_LENGTH + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text file"
         raise UserError(f"{path}: cannot read the experiment file: {reason}") from None
@@ -306,6 +311,12 @@ def parse_experiment(
 
     # Values that a sweep supplies need not stand in the file as well: fill in its first point.
     variations = sweeps.expand(content.get("sweep") or {}, name, run_keys=whole)
+    copied = len(variations) * sweeps.size(content)
+    if copied > sweeps.MAX_COPIED:
+        raise UserError(
+            f"{name}: sweep: {len(variations)} scenarios of a file with {sweeps.size(content)} "
+            f"values: at most {sweeps.MAX_COPIED} altogether are allowed: sweep less at a time"
+        )
     filled = sweeps.set_keys(content, variations[0], f"{name}: sweep")
     experiment = _validate(Experiment, filled, name, "")
     points = []
@@ -336,7 +347,7 @@ def _validate(schema: type[S], content: Mapping[str, Any], name: str, where: str
         return schema.model_validate(content)
     except pydantic.ValidationError as error:
         lines = [f"{name}: {_explain(schema, item)}{where}" for item in error.errors()]
-        raise UserError("\n".join(dict.fromkeys(lines))) from None
+        raise UserError(*dict.fromkeys(lines)) from None
 
 
 def _explain(schema: type[pydantic.BaseModel], error: Any) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import unicodedata
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -12,9 +13,14 @@ from testbed.defenses.described import defense_label
 from testbed.errors import UserError
 
 _MAX_POINTS = 100_000
+# Values of the file, times points: each point is a copy.
+MAX_COPIED = 1 << 25
 # Aliases make a short text stand for an exponentially long one, and what validates and writes
 # the content follows them one by one.
 _MAX_NODES, _MAX_DEPTH = 100_000, 40
+# Reading YAML takes seconds per megabyte.
+MAX_LENGTH = 1 << 18
+_MAX_DIGITS = 100
 _PLAIN = {
     f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")
 }
@@ -51,7 +57,9 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, i
         kind = node.tag.rpartition(":")[2]
         raise _refusal(f"found a value of the YAML type {kind!r}: put text in quotes", node)
     children: list[yaml.Node] = []
-    if isinstance(node, yaml.SequenceNode):
+    if isinstance(node, yaml.ScalarNode):
+        _check_scalar(node)
+    elif isinstance(node, yaml.SequenceNode):
         children = node.value
     elif isinstance(node, yaml.MappingNode):
         children = [child for pair in node.value for child in pair]
@@ -67,12 +75,22 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, i
     return size, depth
 
 
+def _check_scalar(node: yaml.ScalarNode) -> None:
+    if node.tag.endswith(":int") and len(node.value) > _MAX_DIGITS:
+        raise _refusal(f"found a number of {len(node.value)} digits: nothing is so large", node)
+    odd = [c for c in node.value if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"]
+    if odd:
+        raise _refusal(f"found text with the character {odd[0]!r}: leave it out", node)
+
+
 def _refusal(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def parse_yaml(text: str, name: str) -> Any:
     """Parse YAML, safely; `UserError` with file, line and reason where it is malformed."""
+    if len(text) > MAX_LENGTH:
+        raise UserError(f"{name}: more than {MAX_LENGTH} characters: put data into files of data")
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -130,7 +148,9 @@ def set_keys(content: Mapping[str, Any], values: Mapping[str, Any], name: str) -
     """
     result = copy.deepcopy(dict(content))
     for key, value in values.items():
-        *path, last = key.split(".")
+        *path, last = key.split(".", _MAX_DEPTH + 1)
+        if len(path) > _MAX_DEPTH:
+            raise UserError(f"{name}: {key}: more than {_MAX_DEPTH} parts, no key has so many")
         level = result
         for part in path:
             inner = level.setdefault(part, {})
@@ -201,6 +221,13 @@ def expand(
         {key: value for part in point for key, value in part.items()}
         for point in itertools.product(*axes)
     ]
+
+
+def size(value: object) -> int:
+    """Return how many values there are in nested lists and mappings."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return 1 + sum(map(size, value)) if isinstance(value, list) else 1
 
 
 def describe(swept: Mapping[str, Any]) -> str:

@@ -25,6 +25,8 @@ if not Path(MPIRUN).exists():
     MPIRUN = "mpirun"
 # Whether the test that runs is marked as one that does: conftest.py says so.
 may_start_ranks = True
+# That a run takes over.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,11 @@ def run_testbed(*arguments, ranks=None, cwd=None, timeout=120):
 def run_here(*arguments, cwd="."):
     """Run the testbed in this process: where the test is of results or of messages.
 
-    Modules that an experiment finds in the folder ``cwd`` are forgotten afterwards.
+    Modules that an experiment finds in the folder ``cwd`` are forgotten afterwards, and signals are
+    handled as before.
     """
     before, paths = set(sys.modules), list(sys.path)
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     out, err = io.StringIO(), io.StringIO()
     started = time.monotonic()
     try:
@@ -106,6 +110,8 @@ def run_here(*arguments, cwd="."):
         ):
             status = main([*map(str, arguments)])
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         sys.path[:] = paths
         for name in set(sys.modules) - before:
             file = getattr(sys.modules[name], "__file__", None)

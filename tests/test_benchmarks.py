@@ -15,7 +15,7 @@ def test_the_attack_benchmark_runs(data_root):
 
 def test_the_round_benchmark_runs(data_root):
     line = [sys.executable, "tests/benchmarks/rounds.py", "--quick", "--models", "cnn"]
-    done = finish([*line, "--data", str(data_root / "mnist")], timeout=280)
+    done = finish([*line, "--workers", "1", "--data", str(data_root / "mnist")], timeout=280)
     assert done.status == 0, done.err
     for contender in ("torch loop", "mpi4py", "testbed"):
         assert contender in done.out

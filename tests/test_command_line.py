@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import command, environment, finish, run_testbed, write_experiment
+from launching import command, environment, finish, run_here, run_testbed, write_experiment
 
 EXPERIMENTS = sorted(Path("launch/experiments").glob("*.yaml"))
 # Makes a package impossible to import, as on a machine where it is not installed.
@@ -26,7 +26,7 @@ def without(names, module, *arguments):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_that_comes_with_the_testbed_is_valid(experiment):
-    done = run_testbed("check", experiment)
+    done = run_here("check", experiment)
     assert done.status == 0, done.err
     assert "scenarios" in done.out
 
@@ -63,7 +63,7 @@ def test_sizes_that_only_running_tells_are_unknown(tmp_path):
         data={"name": "npz", "root": str(tmp_path / "later.npz")},
         model={"name": "somewhere:Model"},
     )
-    done = run_testbed("check", experiment)
+    done = run_here("check", experiment)
     assert done.status == 0, done.err
     assert "results file  unknown (1 of 1 scenarios" in done.out
 
@@ -76,11 +76,11 @@ def test_the_promised_size_is_an_upper_bound_and_not_far_off(tmp_path, observati
         results={"observations": observations},
         sweep={"labels.distribution": ["balanced", "unbalanced"]},
     )
-    done = run_testbed("check", experiment)
+    done = run_here("check", experiment)
     line = next(line for line in done.out.splitlines() if line.startswith("results file"))
     number, unit = line.split("at most ")[1].split(" when complete")[0].split()
     promised = float(number) * {"kB": 1e3, "MB": 1e6}[unit]
-    assert run_testbed("run", experiment, "-o", tmp_path / "r.h5").status == 0
+    assert run_here("run", experiment, "-o", tmp_path / "r.h5").status == 0
     size = (tmp_path / "r.h5").stat().st_size
     assert promised / 5 < size <= promised * 1.005  # three digits are printed
 
@@ -122,7 +122,7 @@ def test_ranks_without_mpi4py_say_what_to_install(tmp_path):
 
 def test_analysis_needs_neither_torch_nor_mpi(tmp_path):
     experiment = write_experiment(tmp_path / "e.yaml")
-    assert run_testbed("run", experiment, "-o", tmp_path / "r.h5").status == 0
+    assert run_here("run", experiment, "-o", tmp_path / "r.h5").status == 0
     missing = ["torch", "mpi4py", "sklearn"]
     for arguments in (["show"], ["table"], ["figures", "-o", str(tmp_path / "figures")]):
         done = without(missing, "analysis", arguments[0], tmp_path / "r.h5", *arguments[1:])
@@ -152,6 +152,7 @@ def test_a_reader_that_goes_away_is_no_error():
     assert first.stderr == ""
 
 
+@pytest.mark.mpi
 def test_progress_in_a_log_is_lines_from_the_root_alone(tmp_path):
     experiment = write_experiment(tmp_path / "e.yaml")
     done = run_testbed("run", experiment, "-o", tmp_path / "r.h5", ranks=3)
@@ -163,6 +164,7 @@ def test_progress_in_a_log_is_lines_from_the_root_alone(tmp_path):
     assert done.out == ""
 
 
+@pytest.mark.mpi
 def test_progress_on_a_terminal_is_one_live_line(tmp_path):
     """Run under a pseudo-terminal: mpirun's ranks find out through their parent."""
     experiment = write_experiment(tmp_path / "e.yaml")

@@ -10,6 +10,17 @@ SKIPPED = (
 )
 SKIPPED_MODULE = "import pytest\npytest.skip('no such package', allow_module_level=True)\n"
 EXPECTED_FAILURE = "import pytest\n@pytest.mark.xfail\ndef test_one(): assert False\n"
+ULFM = "import pytest\n@pytest.mark.ulfm\ndef test_one(): pass\ndef test_two(): pass\n"
+STARTS = """
+import pytest
+from launching import command
+@pytest.mark.mpi
+def test_one(): command("list", "attacks", ranks=2)
+@pytest.mark.ranks
+def test_two(): command("list", "attacks", ranks=2)
+def test_three(): command("list", "attacks")
+def test_four(): command("list", "attacks", ranks=2)
+"""
 DATA = "def test_data(data_root): assert data_root.is_dir()\n"
 
 
@@ -21,6 +32,8 @@ def run_pytest(
     (folder / "pytest.ini").write_text("[pytest]\n")
     hidden = {"CI", "TESTBED_TEST_DATA", "PYTEST_ADDOPTS"}
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    here = Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder), str(here), str(here.parent)])
     environment |= {} if ci is None else {"CI": ci}
     environment |= {} if data is None else {"TESTBED_TEST_DATA": data}
     done = subprocess.run(
@@ -78,3 +91,19 @@ def test_data_root_fails_on_wrong_folder(tmp_path: Path) -> None:
     code, output = run_pytest(tmp_path, DATA, None, str(tmp_path))
     assert code == 1, output
     assert "has no folder mnist and no cifar-100-python" in output
+
+
+@pytest.mark.parametrize(("has", "said"), [(False, "1 passed, 1 deselected"), (True, "2 passed")])
+def test_what_needs_ulfm_is_left_out_without_it(tmp_path: Path, has: bool, said: str) -> None:
+    (tmp_path / "launching.py").write_text(f"def has_ulfm(): return {has}\n")
+    code, output = run_pytest(tmp_path, ULFM, "true")
+    assert code == 0, output
+    assert said in output
+
+
+def test_only_tests_that_are_marked_start_ranks(tmp_path: Path) -> None:
+    code, output = run_pytest(tmp_path, STARTS, "true")
+    assert code == 1, output
+    assert "1 failed, 3 passed" in output
+    assert "_ test_four _" in output
+    assert "AssertionError: tests that start ranks are marked" in output

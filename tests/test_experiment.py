@@ -252,9 +252,57 @@ def test_a_sum_hides_nobody_alone() -> None:
 
 
 def test_title_is_one_printable_line() -> None:
-    for title in ("a\\0b", "a\\nb", "\\uD800"):
-        assert "my.yaml: title: found" in refusal(f'{TEXT}title: "{title}"\n')
+    assert "my.yaml: title: found 'a\\nb'" in refusal(f'{TEXT}title: "a\\nb"\n')
     assert parse(f"{TEXT}title: Größe 3\n").experiment.title == "Größe 3"
+
+
+@pytest.mark.parametrize("escape", ["\\0", "\\e[2J", "\\r", "\\x7f", "\\x9b", "\\uD800"])
+def test_text_holds_nothing_that_a_terminal_obeys_or_no_file_can_hold(escape: str) -> None:
+    for line in (
+        f'title: "a{escape}"',
+        f'adversary: {{auxiliary_root: "{escape}"}}',
+        f'"{escape}": 1',
+    ):
+        assert "found text with the character '\\" in refusal(f"{TEXT}{line}\n")
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 5000, "0x" + "f" * 5000, "0b" + "1" * 101])
+def test_numbers_that_python_would_not_print_are_refused(number: str) -> None:
+    message = refusal(f"{TEXT}seed: {number}\n")
+    assert f"found a number of {len(number)} digits" in message
+    assert len(message) < 200
+
+
+def test_folder_of_nobody_is_refused() -> None:
+    root = "~nobody-has-this-name/data"
+    assert "my.yaml: data.root: found " in refusal(TEXT, f"data.root={root}")
+    assert "no such user" in refusal(TEXT, f"adversary={{auxiliary_root: {root}}}")
+
+
+def test_roots_that_lead_around_in_a_circle_are_two_places(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    other = f"adversary={{auxiliary_data: digits, auxiliary_root: {tmp_path / 'b'}}}"
+    assert "reads no files" in refusal(TEXT, f"data.root={tmp_path / 'a'}", other)
+
+
+@pytest.mark.parametrize("key", ["a." * 50 + "a", "a." * 20_000 + "a", "sweep." + "a." * 50 + "a"])
+def test_keys_of_too_many_parts_are_refused(key: str) -> None:
+    message = refusal(TEXT, f"{key}=[1]", "seed=1")
+    assert "more than 40 parts, no key has so many" in message
+    assert len(message) < 2200
+
+
+def test_a_text_that_is_too_long_is_refused_unread(tmp_path: Path) -> None:
+    assert "more than 262144 characters" in refusal("a: &a [" + "1, " * 100_000 + "1]")
+    with pytest.raises(UserError, match="more than 262144 characters"):
+        load_experiment(Path("/dev/zero"))
+
+
+def test_a_sweep_of_a_large_file_is_refused() -> None:
+    arguments = f"model={{name: 'a:b', arguments: {{x: [{'1, ' * 20_000}]}}}}"
+    message = refusal(TEXT, arguments, f"sweep.seed=[{'0, ' * 5000}]")
+    assert "sweep: 5000 scenarios of a file with" in message
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import run_testbed, write_experiment
+from launching import run_here, write_experiment
 from small_run import plan_of, setups_for
 
 from analysis import load
@@ -88,7 +88,7 @@ def run(tmp_path: Path, name: str, **sections: object) -> Path:
         "attacks": ["random", "llg", "llg_plus"],
     }
     experiment = write_experiment(tmp_path / f"{name}.yaml", **{**content, **sections})
-    done = run_testbed("run", experiment, "-o", f"{name}.h5", ranks=2, cwd=tmp_path)
+    done = run_here("run", experiment, "-o", f"{name}.h5", cwd=tmp_path)
     assert done.status == 0, done.err
     return tmp_path / f"{name}.h5"
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launching import assert_same_results, run_testbed, write_experiment
+from launching import assert_same_results, run_here, run_testbed, write_experiment
 from numpy.typing import NDArray
 from small_run import plan_of, setups_for
 
@@ -114,6 +114,7 @@ def test_batchnorm_statistics_are_trained_too() -> None:
     assert (state[split:] != initial.numpy()[split:]).mean() > 0.9
 
 
+@pytest.mark.mpi
 def test_any_number_of_ranks_attacks_the_same_models(tmp_path: Path) -> None:
     experiment = write_experiment(
         tmp_path / "e.yaml",
@@ -124,10 +125,13 @@ def test_any_number_of_ranks_attacks_the_same_models(tmp_path: Path) -> None:
         attacks=["llg", "llg_plus"],
         sweep={"pretraining.steps": [0, 200]},
     )
-    for ranks in (1, 2, 3):
-        done = run_testbed("run", experiment, "-o", f"{ranks}.h5", ranks=ranks, cwd=tmp_path)
-        assert done.status == 0, done.err
-        assert "training 3 models for 200 steps" in done.err
+    done = [run_here("run", experiment, "-o", "1.h5", cwd=tmp_path)]
+    for ranks in (2, 3):
+        line = ("run", experiment, "-o", f"{ranks}.h5")
+        done.append(run_testbed(*line, ranks=ranks, cwd=tmp_path))
+    for one in done:
+        assert one.status == 0, one.err
+        assert "training 3 models for 200 steps" in one.err
     assert_same_results(tmp_path / "1.h5", tmp_path / "2.h5")
     assert_same_results(tmp_path / "1.h5", tmp_path / "3.h5")
     with open_results(tmp_path / "1.h5") as results:
@@ -135,6 +139,7 @@ def test_any_number_of_ranks_attacks_the_same_models(tmp_path: Path) -> None:
     assert before < 0.25 < 0.5 < after
 
 
+@pytest.mark.ranks
 def test_dropout_in_training_draws_the_same_on_every_rank(tmp_path: Path) -> None:
     shutil.copy(Path(__file__).with_name("small_run.py"), tmp_path)
     experiment = write_experiment(
@@ -145,9 +150,10 @@ def test_dropout_in_training_draws_the_same_on_every_rank(tmp_path: Path) -> Non
         federation={"fresh_model": True, "rounds": 3, "batch_size": 8},
         attacks=["llg"],
     )
-    for ranks in (1, 2):
-        done = run_testbed("run", experiment, "-o", f"{ranks}.h5", ranks=ranks, cwd=tmp_path)
-        assert done.status == 0, done.err
+    done = run_here("run", experiment, "-o", "1.h5", cwd=tmp_path)
+    assert done.status == 0, done.err
+    done = run_testbed("run", experiment, "-o", "2.h5", ranks=2, cwd=tmp_path)
+    assert done.status == 0, done.err
     assert_same_results(tmp_path / "1.h5", tmp_path / "2.h5")
 
 
@@ -160,7 +166,7 @@ def test_training_can_begin_with_a_trained_model(tmp_path: Path) -> None:
         federation={"rounds": 2, "clients": 2, "batch_size": 8, "evaluate_every": 1},
         attacks=["llg"],
     )
-    done = run_testbed("run", experiment, "-o", "a.h5", ranks=2, cwd=tmp_path)
+    done = run_here("run", experiment, "-o", "a.h5", cwd=tmp_path)
     assert done.status == 0, done.err
     with open_results(tmp_path / "a.h5") as results:
         accuracy = results.scenarios[0].array("rounds/accuracy")

@@ -1,31 +1,46 @@
 """The same bits for any number of ranks, and where each rank was."""
 
+import os
+import sys
+
 import h5py
 import pytest
-from launching import assert_same_results, result_arrays, run_testbed, write_experiment
+from launching import (
+    assert_same_results,
+    finish,
+    is_open_mpi,
+    result_arrays,
+    run_here,
+    run_testbed,
+    under_mpirun,
+    write_experiment,
+    zipped,
+)
 
+PROBE = {"rounds": 8, "clients": 1, "fresh_model": True, "batch_size": 8}
+COHORTS = {"rounds": 5, "clients": 3, "fresh_model": True, "batch_size": 4}
+TRAINING = {"rounds": 7, "clients": 5, "batch_size": 4, "attack_every": 2, "evaluate_every": 3}
+CNN, FCNN = {"name": "cnn"}, {"name": "fcnn"}
 # What ranks could confuse: repetitions that overtake each other, more and fewer clients than
-# ranks, running statistics, several scenarios, rounds without attacks; in `training`, models that
+# ranks, running statistics, several scenarios, rounds without attacks; in training, models that
 # are small enough to be sent to each worker (cnn), and at five ranks too large for it (fcnn).
+SCENARIOS = [
+    {"federation": federation, "model": model, "labels.distribution": labels}
+    for federation, model, labels in (
+        (PROBE, CNN, "balanced"),
+        (PROBE, CNN, "unbalanced"),
+        (PROBE, CNN, "natural"),
+        (COHORTS, {"name": "cnn", "init": "torch", "activation": "relu"}, "unbalanced"),
+        (TRAINING, CNN, "balanced"),
+        (TRAINING, FCNN, "balanced"),
+        (TRAINING, CNN, "unbalanced"),
+        (TRAINING, FCNN, "unbalanced"),
+    )
+]
 EXPERIMENTS = {
-    "probe": {
-        "federation": {"rounds": 8, "clients": 1, "fresh_model": True, "batch_size": 8},
-        "sweep": {"labels.distribution": ["balanced", "unbalanced", "natural"]},
+    "probes_and_training": {
         "results": {"observations": "last_layer"},
-    },
-    "probe_of_cohorts": {
-        "federation": {"rounds": 5, "clients": 3, "fresh_model": True, "batch_size": 4},
-        "model": {"name": "cnn", "init": "torch", "activation": "relu"},
-    },
-    "training": {
-        "federation": {
-            "rounds": 7,
-            "clients": 5,
-            "batch_size": 4,
-            "attack_every": 2,
-            "evaluate_every": 3,
-        },
-        "sweep": {"labels.distribution": ["balanced", "unbalanced"], "model.name": ["cnn", "fcnn"]},
+        "sweep": zipped(SCENARIOS),
     },
     "training_with_statistics": {
         "model": {"name": "resnet20", "init": "torch"},
@@ -61,13 +76,34 @@ EXPERIMENTS = {
 }
 
 
+# More and fewer workers than clients, and one; one rank under mpirun is tried once.
+RANKS = {
+    "probes_and_training": (1, 2, 3, 5),
+    "training_with_statistics": (3, 5),
+    "stages_with_shifted_knowledge": (2, 5),
+}
+
+
+@pytest.mark.mpi
+def test_mpirun_and_the_library_are_of_the_mpi_that_the_pass_is_about():
+    code = "from mpi4py import MPI; world = MPI.COMM_WORLD; "
+    code += "world.rank or print(world.size, MPI.Get_library_version())"
+    done = finish(under_mpirun([sys.executable, "-c", code], 2))
+    assert done.status == 0, done.err
+    launched = "openmpi" if is_open_mpi() else "mpich"
+    assert launched == os.environ.get("TESTBED_TEST_MPI", launched)
+    library = {"openmpi": "Open MPI v", "mpich": "MPICH Version:"}[launched]
+    assert done.out.startswith(f"2 {library}")
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS))
 def test_results_are_bitwise_equal_for_any_number_of_ranks(name, tmp_path):
     experiment = write_experiment(tmp_path / "experiment.yaml", **EXPERIMENTS[name])
     alone = tmp_path / "alone.h5"
-    done = run_testbed("run", experiment, "-o", alone)
+    done = run_here("run", experiment, "-o", alone)
     assert done.status == 0, done.err
-    for ranks in (1, 2, 3, 5):
+    for ranks in RANKS[name]:
         output = tmp_path / f"{ranks}.h5"
         done = run_testbed("run", experiment, "-o", output, ranks=ranks)
         assert done.status == 0, done.err
@@ -79,13 +115,14 @@ def test_another_seed_gives_other_results(tmp_path):
     arrays = []
     for seed in (1, 2):
         output = tmp_path / f"{seed}.h5"
-        assert run_testbed("run", experiment, f"seed={seed}", "-o", output).status == 0
+        assert run_here("run", experiment, f"seed={seed}", "-o", output).status == 0
         arrays.append(result_arrays(output))
     for name in ("truth/counts", "observations/row_sums", "updates/loss"):
         path = f"scenarios/0000/{name}"
         assert arrays[0][path].tobytes() != arrays[1][path].tobytes()
 
 
+@pytest.mark.mpi
 def test_ranks_hosts_and_devices_stand_in_the_file(tmp_path):
     experiment = write_experiment(tmp_path / "experiment.yaml")
     output = tmp_path / "results.h5"
@@ -110,9 +147,10 @@ def test_ranks_hosts_and_devices_stand_in_the_file(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.mpi
 def test_results_on_a_gpu_are_bitwise_equal_for_any_number_of_ranks(tmp_path):
     experiment = write_experiment(
-        tmp_path / "e.yaml", compute={"device": "cuda"}, **EXPERIMENTS["training"]
+        tmp_path / "e.yaml", compute={"device": "cuda"}, **EXPERIMENTS["probes_and_training"]
     )
     for ranks in (1, 3):
         output = tmp_path / f"{ranks}.h5"
@@ -124,6 +162,7 @@ def test_results_on_a_gpu_are_bitwise_equal_for_any_number_of_ranks(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.mpi
 def test_a_gpu_infers_what_the_cpu_does(tmp_path):
     """Rounding differs between devices; the labels that are inferred hardly do."""
     experiment = write_experiment(

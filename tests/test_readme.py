@@ -4,7 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
-from launching import run_testbed, write_experiment
+import pytest
+from launching import run_here, run_testbed, write_experiment
 
 from analysis import load
 from analysis.tradeoff import tradeoff
@@ -12,6 +13,7 @@ from analysis.tradeoff import tradeoff
 README = Path("README.md").read_text()
 
 
+@pytest.mark.ranks
 def test_the_attack_in_the_readme_runs_beside_the_others(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "mine.py").write_text(code)
@@ -49,7 +51,7 @@ def test_the_training_with_defences_trains_and_weighs_leakage_against_bytes(tmp_
     (line,) = re.findall(r"^    python -m testbed (run .*?[^\\])\n    python", README, re.M | re.S)
     words = shlex.split(line.replace("\\\n", " "))
     words[words.index("-o") + 1] = str(tmp_path / "defences.h5")
-    done = run_testbed(*words)
+    done = run_here(*words)
     assert done.status == 0, done.err
     table = tradeoff(load(tmp_path / "defences.h5"))
     plain = table[table.kind == "plain"].set_index(["distribution", "defenses"])

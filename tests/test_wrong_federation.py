@@ -224,6 +224,7 @@ def test_unknown_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 # What only the set-up finds comes with the data and the model, on every rank.
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "name",
     ["theta is above 1", "DP-SGD with BatchNorm", "users of data without users"],
@@ -231,7 +232,7 @@ def test_unknown_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_all_ranks_end_with_one_message(name: str, tmp_path: Path) -> None:
     overrides, expected = CASES[name]
     experiment = write_experiment(tmp_path / "e.yaml")
-    done = run_testbed("run", experiment, *overrides, "-o", tmp_path / "r.h5", ranks=3)
+    done = run_testbed("run", experiment, *overrides, "-o", tmp_path / "r.h5", ranks=2)
     assert done.status == 2, done.err
     lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1

@@ -6,6 +6,7 @@ NumPy only: `analysis` scores a file a year later on a machine without torch. ``
 without labels. `score` takes the other kinds of answers too.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -313,7 +314,8 @@ def _occupancy(total: int, classes: int) -> Scores:
     held = np.arange(classes + 1)
     mass = np.zeros(classes + 1)
     mass[0] = 1
-    for _ in range(total):
+    # Behind so many draws a class is missing with a probability of less than exp(-40).
+    for _ in range(min(total, math.ceil(classes * (math.log(classes) + 40)))):
         again = mass * held / classes
         again[1:] += mass[:-1] * (classes - held[:-1]) / classes
         mass = again

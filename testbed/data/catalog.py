@@ -270,6 +270,11 @@ def _told(name: str, root: Path | None) -> Iterator[None]:
     except UserError as error:
         more = hint(name, root) if DATASETS[name].root else ""
         raise (UserError(f"{error}; {more}") if more else error) from error
+    except MemoryError as error:
+        raise UserError(
+            f"{root}: does not fit into memory; expected a data set that does: pack a part of it "
+            "with testbed data pack --limit where there is more"
+        ) from error
     except OSError as error:
         raise UserError(
             f"{error.filename or root}: cannot be read ({error.strerror}); expected readable files "

@@ -60,10 +60,17 @@ class LazyDataset:
         return channels * height * width * self.dtype.itemsize
 
     def load(self) -> Dataset:
-        """Read all images."""
+        """Read all images; `UserError` where memory does not suffice."""
+        try:
+            images = self.read(slice(None))
+        except MemoryError as error:
+            raise UserError(
+                f"data set {self.name!r}: {len(self.labels)} images of {self.image_bytes} bytes do "
+                "not fit into memory: set data.limit"
+            ) from error
         return Dataset(
             name=self.name,
-            images=self.read(slice(None)),
+            images=images,
             labels=self.labels,
             classes=self.classes,
             scale=self.scale,

@@ -35,7 +35,7 @@ def load_npz(root: Path | None) -> Dataset:
         If the file is missing, damaged, or its arrays are not as described.
     """
     path = require_root("npz", root, "file")
-    with _Archive.open(path) as archive:
+    with Archive.open(path) as archive:
         _image_shape(archive)
         labels, classes = _labels(archive)
         images = [_images(archive, f"{prefix}images") for prefix in labels]
@@ -64,13 +64,21 @@ def describe_npz(path: Path) -> tuple[int, tuple[int, int, int]]:
     UserError
         As `load_npz`, as far as the labels and the images' header show it.
     """
-    with _Archive.open(path) as archive:
+    with Archive.open(path) as archive:
         shape = _image_shape(archive)
         return _labels(archive)[1], shape
 
 
-class _Archive:
-    """The arrays of an archive, each refused before memory is given to an impossible claim."""
+class Archive:
+    """The arrays of an archive, each refused before memory is given to an impossible claim.
+
+    Attributes
+    ----------
+    path
+        Of the archive.
+    names
+        Of the arrays.
+    """
 
     def __init__(self, path: Path, file: zipfile.ZipFile) -> None:
         self.path = path
@@ -79,7 +87,8 @@ class _Archive:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path) -> Iterator["_Archive"]:
+    def open(cls, path: Path) -> Iterator["Archive"]:
+        """Open a file, and close it behind the block; `UserError` if either finds it damaged."""
         try:
             with zipfile.ZipFile(path) as file:
                 yield cls(path, file)
@@ -102,6 +111,12 @@ class _Archive:
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Return shape and dtype, once they agree with the size of the member."""
         info = self._file.getinfo(f"{name}.npy")
+        # Of others nobody knows a bound on how much a little stands for.
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(
+                f"{self.path}: {name!r} is compressed by method {info.compress_type}; expected 0 "
+                "or 8, as numpy.savez and numpy.savez_compressed have it: write it again"
+            )
         with self._file.open(info) as member:
             shape, dtype = self._read_header(name, member)
             start = member.tell()
@@ -117,6 +132,7 @@ class _Archive:
         return shape, dtype
 
     def array(self, name: str) -> NDArray[Any]:
+        """Return an array of numbers."""
         self.header(name)
         with self._file.open(f"{name}.npy") as member:
             values: NDArray[Any] = npy.read_array(member, allow_pickle=False)
@@ -145,7 +161,7 @@ class _Archive:
         return shape, dtype
 
 
-def _image_shape(archive: _Archive) -> tuple[int, int, int]:
+def _image_shape(archive: Archive) -> tuple[int, int, int]:
     """Check names and the header of the images; return (channels, height, width)."""
     needed = {"images", "labels"}
     if archive.names & {"test_images", "test_labels"}:
@@ -160,7 +176,7 @@ def _image_shape(archive: _Archive) -> tuple[int, int, int]:
     return _check_images(archive, "images")
 
 
-def _check_images(archive: _Archive, name: str) -> tuple[int, int, int]:
+def _check_images(archive: Archive, name: str) -> tuple[int, int, int]:
     shape, dtype = archive.header(name)
     if len(shape) not in (3, 4) or 0 in shape:
         raise UserError(
@@ -174,7 +190,7 @@ def _check_images(archive: _Archive, name: str) -> tuple[int, int, int]:
     return shape[1] if len(shape) == 4 else 1, shape[-2], shape[-1]
 
 
-def _images(archive: _Archive, name: str) -> NDArray[np.uint8] | NDArray[np.float32]:
+def _images(archive: Archive, name: str) -> NDArray[np.uint8] | NDArray[np.float32]:
     shape = _check_images(archive, name)
     values = np.ascontiguousarray(archive.array(name)).reshape(-1, *shape)
     if values.dtype == np.uint8:
@@ -195,7 +211,7 @@ def _join(parts: list[Any]) -> NDArray[Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _labels(archive: _Archive) -> tuple[dict[str, NDArray[np.int64]], int]:
+def _labels(archive: Archive) -> tuple[dict[str, NDArray[np.int64]], int]:
     """Return the labels by prefix, training first, and the number of classes."""
     prefixes = ["", "test_"] if "test_labels" in archive.names else [""]
     parts = {prefix: _integers(archive, f"{prefix}labels", 1) for prefix in prefixes}
@@ -214,7 +230,7 @@ def _labels(archive: _Archive) -> tuple[dict[str, NDArray[np.int64]], int]:
     return {prefix: part.astype(np.int64) for prefix, part in parts.items()}, classes
 
 
-def _integers(archive: _Archive, name: str, ndim: int) -> NDArray[Any]:
+def _integers(archive: Archive, name: str, ndim: int) -> NDArray[Any]:
     shape, dtype = archive.header(name)
     if dtype.kind not in "iu" or len(shape) != ndim or 0 in shape:
         wanted = "integers of shape (n,) with n > 0" if ndim else "one integer"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from testbed.data.dataset import Images, check_counts, check_labels, number_users, require_root
 from testbed.data.lazy import LazyDataset
 from testbed.errors import UserError
+from testbed.heaps import check_heaps
 
 if TYPE_CHECKING:
     import h5py
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 ENCODING = "testbed-dataset"
 VERSION = "1.0"
 _FIX = "write it again with: testbed data pack"
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = _MOST_CHUNK_BYTES = 1 << 24
 # Deflate cannot do better than 1032 to 1; what claims more does not hold what it claims.
 _MAX_RATIO = 1040
 
@@ -93,16 +94,21 @@ def holds_dataset(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator["h5py.File"]:
+def _open(path: Path, *, known: bool = False) -> Iterator["h5py.File"]:
+    """Open a file; one that is ``known`` has been looked through before."""
     import h5py
 
     try:
+        if not known:
+            check_heaps(path)
         # Nobody writes a packed file after its rename: locks, which some clusters lack, are for
         # nothing.
         with h5py.File(path, "r", locking=False) as file:
             yield file
+    except UserError:
+        raise
     # HDF5 reports damage in many ways, some of them only when the elements are read.
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"{path}: not a readable HDF5 file ({reason}); expected one that testbed data pack "
@@ -139,6 +145,10 @@ def _array(path: Path, file: "h5py.File", name: str, ndim: int, kinds: str) -> "
             f"{path}: {name!r} is {item.dtype} of shape {item.shape}; expected {ndim} dimensions, "
             f"none of them 0; {_FIX}"
         )
+    chunk = math.prod(item.chunks or ()) * item.dtype.itemsize
+    # One piece is unpacked as a whole, however little of it is wanted.
+    if chunk > max(_MOST_CHUNK_BYTES, item.nbytes):
+        raise UserError(f"{path}: {name!r} has pieces of {chunk} bytes; {_FIX}")
     stored = item.id.get_storage_size()
     if item.nbytes > _MAX_RATIO * stored:
         raise UserError(
@@ -184,7 +194,7 @@ def _text(path: Path, file: "h5py.File", name: str) -> str:
 
 
 def _read(path: Path, chosen: slice | NDArray[np.int64], scale: float) -> Images:
-    with _open(path) as file:
+    with _open(path, known=True) as file:
         stored = _array(path, file, "images", 4, "uf")
         if isinstance(chosen, slice):
             images: NDArray[Any] = stored[chosen]

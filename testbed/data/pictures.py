@@ -12,6 +12,8 @@ from testbed.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# A few bytes can stand for many times as many.
+_MOST_PIXELS = 1 << 24
 _CHANNELS = {"1": 1, "L": 1, "P": 3, "RGB": 3}
 
 
@@ -92,6 +94,11 @@ def _shape(path: Path, image: "Image") -> tuple[int, int, int]:
         raise UserError(
             f"{path}: pixels of the kind {image.mode}; expected grey or RGB with 8 bits, without "
             "transparency: convert the image"
+        )
+    if image.height * image.width > _MOST_PIXELS:
+        raise UserError(
+            f"{path}: {image.width}x{image.height} pixels; expected at most {_MOST_PIXELS} "
+            "altogether: scale the images down"
         )
     return _CHANNELS[image.mode], image.height, image.width
 

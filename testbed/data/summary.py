@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed.data.lazy import LazyDataset
+from testbed.errors import printable
 
 _MOST_CLASSES = 20
 _BAR = 30
@@ -22,7 +23,7 @@ def summarize(data: LazyDataset) -> str:
     held = count * data.image_bytes + data.labels.nbytes
     held += 0 if data.users is None else data.users.nbytes
     rows = {
-        "data set": data.name + (f", variant {data.variant}" if data.variant else ""),
+        "data set": printable(data.name + (f", variant {data.variant}" if data.variant else "")),
         "samples": f"{training} training, {test} test" if test else f"{count}, no official test",
         "image": f"{channels}x{height}x{width} {data.dtype}, times {data.scale:.6g} is in 0..1",
         "users": _users(data),
@@ -60,7 +61,7 @@ def _span(counts: NDArray[np.int64]) -> str:
 
 def _name(data: LazyDataset, label: int) -> str:
     name = data.class_names[label] if data.class_names else ""
-    return f"{label} {name}" if name and name != str(label) else str(label)
+    return f"{label} {printable(name)}" if name and name != str(label) else str(label)
 
 
 def _bars(data: LazyDataset, parts: dict[str, NDArray[np.int64]]) -> list[str]:

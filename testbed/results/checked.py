@@ -32,51 +32,50 @@ def member(group: h5py.Group, name: str, kind: type[H]) -> H:
 
     What a link leads to, in this file or in another one, is not looked at.
     """
-    place = f"{group.name.rstrip('/')}/{name}"
-    link = group.get(name, getlink=True)
-    if not isinstance(link, h5py.HardLink):
-        raise ValueError(f"{place} is {'missing' if link is None else 'a link'}")
+    if not has(group, name):
+        raise ValueError(f"{group.name.rstrip('/')}/{name} is missing")
     item = group[name]
     if not isinstance(item, kind):
-        raise ValueError(f"{place} is no {kind.__name__.lower()}")
+        raise ValueError(f"{item.name} is no {kind.__name__.lower()}")
     if isinstance(item, h5py.Dataset):
         _check_stored(item)
     return cast("H", item)
 
 
 def has(group: h5py.Group, name: str) -> bool:
-    """Return whether a group has a member of that name; ``in`` would follow a link."""
-    return group.get(name, getlink=True) is not None
+    """Return whether a group has a member of that name; refuses a link, which ``in`` follows."""
+    links, key = group.id.links, name.encode()
+    if not links.exists(key):
+        return False
+    if links.get_info(key).type != h5py.h5l.TYPE_HARD:
+        raise ValueError(f"{group.name.rstrip('/')}/{name} is a link")
+    return True
 
 
-def has_array(group: h5py.Group, path: str) -> bool:
-    """Return whether there is a dataset of that path; links are refused."""
-    *parts, last = path.split("/")
-    for part in parts:
-        if not has(group, part):
-            return False
-        group = member(group, part, h5py.Group)
-    link = group.get(last, getlink=True)
-    if link is None:
-        return False
-    if isinstance(link, h5py.HardLink) and group.get(last, getclass=True) is h5py.Group:
-        return False
-    return bool(member(group, last, h5py.Dataset))
+def find(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset | None:
+    """Return what has a path in a group, or None; as `member`, but for the elements."""
+    item = group
+    for part in path.split("/"):
+        if not isinstance(item, h5py.Group) or not has(item, part):
+            return None
+        item = item[part]
+    return item
 
 
 def _check_stored(dataset: h5py.Dataset) -> None:
     """Raise where the elements are elsewhere, or unpacking a few may take much memory."""
-    creation = dataset.id.get_create_plist()
-    if dataset.shape is None or dataset.dtype.kind not in "iufS":
+    creation, shape, dtype = dataset.id.get_create_plist(), dataset.shape, dataset.dtype
+    if shape is None or dtype.kind not in "iufS":
         raise ValueError(f"{dataset.name} holds no array of numbers or text")
-    if creation.get_layout() == h5py.h5d.VIRTUAL or creation.get_external_count():
+    layout = creation.get_layout()
+    if layout == h5py.h5d.VIRTUAL or creation.get_external_count():
         raise ValueError(f"{dataset.name} has its elements in other places")
     filters = {creation.get_filter(place)[0] for place in range(creation.get_nfilters())}
     if not filters <= _FILTERS:
         raise ValueError(f"{dataset.name} is packed by the filters {sorted(filters)}")
-    if dataset.chunks is not None:
-        chunk = math.prod(dataset.chunks) * dataset.dtype.itemsize
-        if chunk > max(_MOST_CHUNK_BYTES, dataset.nbytes):
+    if layout == h5py.h5d.CHUNKED:
+        chunk = math.prod(creation.get_chunk()) * dtype.itemsize
+        if chunk > max(_MOST_CHUNK_BYTES, math.prod(shape) * dtype.itemsize):
             raise ValueError(f"{dataset.name} has pieces of {chunk} bytes")
 
 
@@ -97,21 +96,44 @@ def length(group: h5py.Group, axis: str) -> int:
     return int(scale.shape[0])
 
 
-def check_array(scenario: h5py.Group, path: str, dataset: h5py.Dataset) -> None:
-    """Raise where an array of a scenario has other axes, or another type, than the format says."""
-    axes = []
-    for size, dimension in zip(dataset.shape, dataset.dims, strict=True):
-        scales = dimension.values()
-        names = [str(scale.name) for scale in scales]
-        stem = f"{scenario.name}/"
-        if len(scales) != 1 or not names[0].startswith(stem) or scales[0].shape != (size,):
+def scales(scenario: h5py.Group) -> dict[int, str]:
+    """Return the axes of a scenario by where in the file they are."""
+    found = {}
+    for name in scenario:
+        item = scenario[name] if has(scenario, name) else None
+        if isinstance(item, h5py.Dataset) and item.is_scale:
+            found[h5py.h5o.get_info(item.id).addr] = name
+    return found
+
+
+def axes(path: str, dataset: h5py.Dataset, known: Mapping[int, str]) -> tuple[str, ...]:
+    """Return the names of an array's axes, once it is what the format says of it.
+
+    Parameters
+    ----------
+    path
+        Of the array in its scenario.
+    known
+        The scenario's axes, as of `scales`.
+    """
+    _check_stored(dataset)
+    if dataset.dtype.kind == "S":
+        raise ValueError(f"{dataset.name} holds no numbers")
+    names = []
+    for place, size in enumerate(dataset.shape):
+        attached: list[h5py.h5d.DatasetID] = []
+        h5py.h5ds.iterate(dataset.id, place, attached.append, 0)
+        places = [h5py.h5o.get_info(scale).addr for scale in attached]
+        if len(places) != 1 or places[0] not in known or attached[0].shape != (size,):
             raise ValueError(f"{dataset.name} has an axis without a dimension scale of its length")
-        axes.append(names[0].removeprefix(stem))
-    for spec in _specified(path):
-        if axes == list(spec.axes) and dataset.dtype.kind == np.dtype(spec.dtype).kind:
-            return
-    if _specified(path):
-        raise ValueError(f"{dataset.name} is {dataset.dtype} with the axes {', '.join(axes)}")
+        names.append(known[places[0]])
+    forms = _specified(path)
+    if forms and not any(
+        names == list(spec.axes) and dataset.dtype.kind == np.dtype(spec.dtype).kind
+        for spec in forms
+    ):
+        raise ValueError(f"{dataset.name} is {dataset.dtype} with the axes {', '.join(names)}")
+    return tuple(names)
 
 
 def _specified(path: str) -> list[ArraySpec]:
@@ -140,11 +162,31 @@ _KNOWN = [
 def text(attributes: Mapping[str, Any], name: str, default: str | None = None) -> str:
     """Return an attribute that is text."""
     value = attributes.get(name, default)
-    if not isinstance(value, str):
-        raise ValueError(
-            f"the attribute {name!r} is {'no text' if name in attributes else 'missing'}"
-        )
+    if not isinstance(value, str) or not _is_encodable(value):
+        problem = "no text" if name in attributes else "missing"
+        raise ValueError(f"the attribute {name!r} is {problem}")
     return value
+
+
+def scalars(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all attributes, once they are known to be texts or numbers."""
+    for name, value in attributes.items():
+        if isinstance(value, str):
+            text(attributes, name)
+        elif not isinstance(value, (np.integer, np.floating, np.bool_)):
+            raise ValueError(f"the attribute {name!r} is neither text nor number")
+        if not _is_encodable(name):
+            raise ValueError(f"the attribute {name!r} has a name that is no text")
+    return dict(attributes)
+
+
+def _is_encodable(value: str) -> bool:
+    """Return whether something is text: HDF5 has bytes, and what is no UTF-8 among them is not."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def whole(attributes: Mapping[str, Any], name: str, default: int | None = None) -> int:

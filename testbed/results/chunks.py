@@ -26,6 +26,7 @@ def copy_all(source: h5py.File, target: h5py.File) -> None:
         copy = target[dataset.name]
         if dataset.chunks is None:
             copy[...] = dataset[...]
+            copy.flush()
             continue
         if dataset.shape != copy.shape:  # a table that grew
             copy.resize(dataset.shape)

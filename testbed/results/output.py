@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 from pathlib import Path
+from typing import IO
 
 from testbed.errors import UserError
 from testbed.results.opening import PARTIAL
@@ -25,7 +26,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     check_folder(path)
     partial = partial_path(path)
     if partial.exists():
-        with partial.open("r+b") as file:
+        with open_to_write(partial) as file:
             if not hold(file.fileno()):
                 raise being_written(partial)
     if overwrite:
@@ -50,6 +51,14 @@ def check_folder(path: Path) -> None:
     partial = partial_path(path)
     if partial.is_dir():
         raise UserError(f"{partial}: this is a folder: choose another name for the results")
+
+
+def open_to_write(partial: Path) -> IO[bytes]:
+    """Open an unfinished file as it is, or raise `UserError`."""
+    try:
+        return partial.open("r+b")
+    except OSError as error:
+        raise UserError(f"{partial}: the file cannot be written to: {error.strerror}") from None
 
 
 def being_written(partial: Path) -> UserError:

@@ -193,6 +193,9 @@ class Scenario:
 
     def __init__(self, group: h5py.Group, index: int) -> None:
         self._group = group
+        # What was looked at before: axes of arrays, and where the axes are.
+        self._axes: dict[str, tuple[str, ...]] = {}
+        self._scales: dict[int, str] = {}
         self.index = index
         self.committed = 0
         self.parameters = checked.parsed(group.attrs, "parameters", dict)
@@ -218,7 +221,7 @@ class Scenario:
     def has(self, name: str) -> bool:
         """Return whether there is an array of that path, such as ``truth/counts``."""
         with _reading(self._group.file):
-            return checked.has_array(self._group, name)
+            return isinstance(checked.find(self._group, name), h5py.Dataset)
 
     def array(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return an array by its path within the scenario, committed rounds only.
@@ -239,7 +242,9 @@ class Scenario:
         file = self._group.file
         with _reading(file):
             dataset = self._find(name)
-            if not self._has_rounds(dataset):
+            if name not in self._axes:
+                self._axes[name] = self._check(name, dataset)
+            if self._axes[name][:1] != ("round",):
                 checked.check_claim(dataset, dataset.nbytes)
                 return _read(dataset, slice(None))
             stop = self.committed if stop is None else min(stop, self.committed)
@@ -254,14 +259,23 @@ class Scenario:
             yield start, min(start + step, self.committed)
 
     def _find(self, name: str) -> h5py.Dataset:
-        if not checked.has_array(self._group, name):
+        group, dataset = self._group, checked.find(self._group, name)
+        if not isinstance(dataset, h5py.Dataset):
             raise self._missing(name)
-        *path, last = name.split("/")
-        group = self._group
-        for part in path:
-            group = _member(group, part)
-            _reader(group)
-        return checked.member(group, last, h5py.Dataset)
+        if name not in self._axes:
+            for part in name.split("/")[:-1]:
+                group = group[part]
+                _reader(group)
+        return dataset
+
+    def _check(self, name: str, dataset: h5py.Dataset) -> tuple[str, ...]:
+        """Return the axes of an array that is read for the first time."""
+        if "/" not in name:
+            checked.length(self._group, name)
+            return (name,)
+        if not self._scales:
+            self._scales = checked.scales(self._group)
+        return checked.axes(name, dataset, self._scales)
 
     def damaged(self, reason: str) -> UserError:
         """Return what to raise where the arrays hold what no run writes."""
@@ -276,15 +290,6 @@ class Scenario:
             f"{self._group.file.filename}: scenario {self.index} has no array {name!r}: "
             + suggest(name, known)
         )
-
-    def _has_rounds(self, dataset: h5py.Dataset) -> bool:
-        axis = self._group["round"]
-        if dataset == axis:
-            return True
-        if dataset.is_scale:
-            return False
-        checked.check_array(self._group, dataset.name.removeprefix(f"{self._group.name}/"), dataset)
-        return axis in dataset.dims[0].values()
 
 
 class Results:
@@ -510,7 +515,8 @@ def _reader(group: h5py.Group, expected: str | None = None) -> _Reader:
 
 @_reads(_ROOT, 1)
 def _root(group: h5py.Group) -> dict[str, Any]:
-    attributes = {key: value for key, value in group.attrs.items() if "encoding-" not in key}
+    told = checked.scalars(group.attrs)
+    attributes = {key: value for key, value in told.items() if "encoding-" not in key}
     return {
         "attributes": attributes,
         "ranks": _dispatch(_member(group, "ranks"), "ranks"),
@@ -553,7 +559,7 @@ def _rows(group: h5py.Group, axis: str, kind: type[Start | Loss]) -> list[dict[s
 
 @_reads("scenarios", 1)
 def _scenarios(group: h5py.Group) -> list[Scenario]:
-    names = sorted((name for name in group if name.isdecimal()), key=int)
+    names = [f"{index:04d}" for index in range(sum(name.isdecimal() for name in group))]
     scenarios = [_dispatch(_member(group, name), "scenario") for name in names]
     if len({scenario.number for scenario in scenarios}) < len(scenarios):
         raise ValueError(f"{group.name} holds two scenarios of the same number")

@@ -15,9 +15,17 @@ import numpy as np
 
 from testbed.errors import UserError
 from testbed.results.chunks import copy_chunks, datasets
+from testbed.results.declaring import scenario_name
 from testbed.results.events import TABLES
 from testbed.results.opening import open_file
-from testbed.results.output import being_written, check_folder, has_name, hold, partial_path
+from testbed.results.output import (
+    being_written,
+    check_folder,
+    has_name,
+    hold,
+    open_to_write,
+    partial_path,
+)
 from testbed.results.reader import Results
 from testbed.results.schema import FILE_ENCODING
 
@@ -48,11 +56,7 @@ def unfinished(path: Path) -> Iterator[h5py.File]:
         if path.exists():
             raise UserError(f"{path}: the run is complete: there is nothing to resume")
         raise UserError(f"{partial}: no such file: there is no run to resume, start one with `run`")
-    try:
-        lock = partial.open("r+b")
-    except OSError as error:
-        raise UserError(f"{partial}: cannot be written to: {error.strerror}") from None
-    with lock:
+    with open_to_write(partial) as lock:
         # Another process may have gone on with it just now: then its copy has the name.
         if not hold(lock.fileno()) or not has_name(lock.fileno(), partial):
             raise being_written(partial)
@@ -69,7 +73,7 @@ def unfinished(path: Path) -> Iterator[h5py.File]:
 
 
 def take_over(old: h5py.File, new: h5py.File) -> list[int]:
-    """Copy what is committed into a file that has just been declared.
+    """Copy attributes, tables and counts into a file that has just been declared.
 
     What is said of the run's first start stays; where the ranks are is that of the new one.
 
@@ -100,14 +104,18 @@ def take_over(old: h5py.File, new: h5py.File) -> list[int]:
             new[table][name].resize((length,))
             new[table][name][...] = column[:length]
     committed: list[int] = old["committed_rounds"][...].tolist()
-    for index, rows in enumerate(committed):
-        for dataset in datasets(old["scenarios"][f"{index:04d}"]):
+    new["committed_rounds"][...] = committed
+    return committed
+
+
+def copy_rounds(old: h5py.File, new: h5py.File) -> None:
+    """Copy the committed rounds; the new file says already how many these are."""
+    for index, rows in enumerate(new["committed_rounds"][...].tolist()):
+        for dataset in datasets(old[scenario_name(index)]):
             if dataset.chunks is not None:
                 copy = new[dataset.name]
                 copy_chunks(dataset, copy, rows)
                 _clear(copy, rows)
-    new["committed_rounds"][...] = committed
-    return committed
 
 
 def _clear(dataset: h5py.Dataset, rows: int) -> None:
@@ -115,6 +123,7 @@ def _clear(dataset: h5py.Dataset, rows: int) -> None:
     begun = -(-rows // dataset.chunks[0]) * dataset.chunks[0]
     if begun > rows:
         dataset[rows:begun] = dataset.fillvalue
+        dataset.flush()
 
 
 def _objects(file: h5py.File) -> dict[str, h5py.Group | h5py.Dataset]:

@@ -18,13 +18,18 @@ import h5py
 from testbed.errors import UserError
 from testbed.results.filesystem import has_write_order
 from testbed.results.output import has_name, hold, partial_path, reason, unborn_path
+from testbed.results.room import release, reserve
 
 # Files that HDF5 2 writes as `latest` cannot be read by 1.14.
 LIBVER = ("v110", "v110")
 # HDF5 raises either where the disk is full.
 FAILURES = (OSError, RuntimeError)
+# What switching to SWMR, or a commit, may write beside the arrays, in bytes.
+SLACK = 1 << 16
 # Copies may take one part in so many of a run.
 _SHARE = 10
+
+_abandoned: list[h5py.File] = []
 
 
 class Storage(Protocol):
@@ -47,6 +52,9 @@ class Storage(Protocol):
     def in_place(self) -> bool:
         """Return whether the file that readers look for is still there, and this run's."""
 
+    def abandon(self) -> None:
+        """Keep HDF5 from writing any more, after it has failed to write."""
+
     def close(self) -> None:
         """Close the file and release the lock on it."""
 
@@ -59,6 +67,7 @@ class SwmrStorage:
     def __init__(self, file: h5py.File, lock: IO[bytes], path: Path) -> None:
         self.file = file
         self._lock, self._path = lock, path
+        self._abandoned = False
 
     def order(self) -> None:
         """See `Storage`."""
@@ -73,11 +82,19 @@ class SwmrStorage:
         """See `Storage`."""
         return has_name(self._lock.fileno(), partial_path(self._path))
 
+    def abandon(self) -> None:
+        """See `Storage`."""
+        self._abandoned = True
+        abandon(self.file)
+
     def close(self) -> None:
         """See `Storage`."""
         try:
-            self.file.close()
+            if not self._abandoned:
+                self.file.close()
         finally:
+            with contextlib.suppress(OSError, ValueError):
+                release(self._lock.fileno())
             self._lock.close()
 
 
@@ -97,6 +114,7 @@ class CopyingStorage:
     def __init__(self, working: Path, path: Path, check: Callable[[], None]) -> None:
         self._working, self._path = working, path
         self.pause = 0.0
+        self._abandoned = False
         self._lock = self._publish(check)
         self.file = self._open()
 
@@ -121,10 +139,16 @@ class CopyingStorage:
         """See `Storage`."""
         return has_name(self._lock.fileno(), partial_path(self._path))
 
+    def abandon(self) -> None:
+        """See `Storage`."""
+        self._abandoned = True
+        abandon(self.file)
+
     def close(self) -> None:
         """See `Storage`."""
         try:
-            self.file.close()
+            if not self._abandoned:
+                self.file.close()
         finally:
             self._lock.close()
             self._working.unlink(missing_ok=True)
@@ -148,6 +172,7 @@ def begin(
     fill: Callable[[h5py.File], None],
     check: Callable[[], None],
     mode: str = "auto",
+    copy: tuple[Callable[[h5py.File], None], int] | None = None,
 ) -> Storage:
     """Create the file that a run writes to, and give it the name that readers look for.
 
@@ -165,6 +190,8 @@ def begin(
     mode
         ``swmr``, ``flush`` (copies), or ``auto``: copies where the file system has no order of
         writes, or HDF5 cannot do without them.
+    copy
+        Adds what is large, and how large that is at most, in bytes.
 
     Raises
     ------
@@ -178,8 +205,11 @@ def begin(
     try:
         for left in (unborn, working):
             left.unlink(missing_ok=True)
-        file = h5py.File(unborn, "x", libver=LIBVER, locking=None if mode != "flush" else False)
-        fill(file)
+        room = SLACK + (copy[1] if copy else 0)
+        file = create(unborn, fill, room, locking=None if mode != "flush" else False)
+        if copy:
+            copy[0](file)
+            file.flush()
         if mode != "flush":
             try:
                 file.swmr_mode = True
@@ -193,30 +223,52 @@ def begin(
             return CopyingStorage(working, path, check)
         lock = _take(unborn, path, check)
     except BaseException as error:
-        if file is not None:
+        if file:
             abandon(file)
         for left in (unborn, working):
             with contextlib.suppress(OSError):
                 left.unlink(missing_ok=True)
         if isinstance(error, FAILURES):
-            raise UserError(f"{unborn}: cannot create the results file: {reason(error)}") from None
+            needs = f"; it may need {copy[1] / 1e6:.1f} MB beside the old one" if copy else ""
+            raise UserError(
+                f"{unborn}: cannot create the results file: {reason(error)}{needs}"
+            ) from None
         raise
     return SwmrStorage(file, lock, path)
 
 
-def abandon(file: h5py.File) -> None:
-    """Close a file that could not be written; what HDF5 still has to write is lost.
+def create(
+    path: Path, fill: Callable[[h5py.File], None], room: int, *, locking: bool | None = None
+) -> h5py.File:
+    """Create a file, and make sure that it can grow by so many bytes.
 
-    HDF5 2.0 fails again in closing such a file, complains of each dataset that Python lets go of,
-    and crashes at the end of the program: so let it write to nowhere.
+    It is declared in memory: HDF5 does not survive a disk that is full.
     """
-    with contextlib.suppress(Exception):
-        descriptor = file.id.get_vfd_handle()
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        os.dup2(nowhere, descriptor)
-        os.close(nowhere)
-    with contextlib.suppress(Exception):
+    with h5py.File(path, "w", driver="core", backing_store=False, libver=LIBVER) as declared:
+        fill(declared)
+        declared.flush()
+        path.write_bytes(declared.id.get_file_image())
+    file = h5py.File(path, "r+", libver=LIBVER, locking=locking)
+    try:
+        reserve(file.id.get_vfd_handle(), room)
+    except OSError:
         file.close()
+        raise
+    return file
+
+
+def abandon(file: h5py.File) -> None:
+    """Let go of a file that could not be written.
+
+    HDF5 2.0 fails again for each dataset of such a file that Python lets go of, says so in many
+    lines, and crashes when the file is closed: so what it still has to write goes nowhere, and the
+    file is never closed.
+    """
+    _abandoned.append(file)
+    with contextlib.suppress(Exception):
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, file.id.get_vfd_handle())
+        os.close(nowhere)
 
 
 def _take(unborn: Path, path: Path, check: Callable[[], None] | None = None) -> IO[bytes]:

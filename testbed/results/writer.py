@@ -7,6 +7,7 @@ counts is there.
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -23,8 +24,10 @@ from testbed.results.declaring import declare, scenario_name
 from testbed.results.events import add_row, loss_row, start_row
 from testbed.results.headers import AttackHeader, LossRecord, RankHeader, ScenarioHeader
 from testbed.results.output import check_output, partial_path, reason
-from testbed.results.resuming import take_over, unfinished
-from testbed.results.storage import FAILURES, LIBVER, abandon, begin
+from testbed.results.resuming import copy_rounds, take_over, unfinished
+from testbed.results.room import reserve
+from testbed.results.schema import chunk_shape
+from testbed.results.storage import FAILURES, SLACK, abandon, begin, create
 
 __all__ = [
     "AttackHeader",
@@ -40,6 +43,8 @@ __all__ = [
 _PENDING_BYTES = 1 << 26
 # A dataset's share of the file's structure.
 _OVERHEAD = 1500
+# Of each chunk in the index of an array.
+_INDEX_BYTES = 24
 
 Rows = Mapping[str, "NDArray[Any] | float | int"]
 
@@ -94,6 +99,9 @@ class ResultsWriter:
         self._attributes, self._ranks = attributes, ranks
         self._committed = [0] * len(scenarios)
 
+        # Arrays that have their index of chunks already.
+        self._begun: set[tuple[int, str]] = set()
+
         def fill(file: h5py.File, old: h5py.File | None = None) -> None:
             declare(file, attributes, ranks, scenarios)
             if old is not None:
@@ -102,7 +110,8 @@ class ResultsWriter:
 
         if resuming:
             with unfinished(path) as old:
-                self._storage = begin(path, lambda file: fill(file, old), lambda: None, mode)
+                copy = partial(copy_rounds, old), partial_path(path).stat().st_size
+                self._storage = begin(path, partial(fill, old=old), lambda: None, mode, copy)
         else:
             check_output(path, overwrite=overwrite)
             # Once more at the end: a run may have begun meanwhile.
@@ -214,33 +223,61 @@ class ResultsWriter:
         self._committed_at = time.monotonic()
 
     def _write_pending(self) -> None:
-        by_scenario: dict[int, list[tuple[int, Rows]]] = {}
-        for scenario, round_, rows in self._pending:
-            by_scenario.setdefault(scenario, []).append((round_, rows))
-        for scenario, block in by_scenario.items():
+        for scenario, block in self._blocks().items():
             self._write(scenario, block)
         self._pending.clear()
         self._pending_bytes = 0
 
+    def _blocks(self) -> dict[int, list[tuple[int, Rows]]]:
+        """Return the rounds that are to be written, by scenario."""
+        blocks: dict[int, list[tuple[int, Rows]]] = {}
+        for scenario, round_, rows in self._pending:
+            blocks.setdefault(scenario, []).append((round_, rows))
+        return blocks
+
+    def _most_bytes(self) -> int:
+        """Return by how much the file may grow by what is to be written."""
+        size = SLACK
+        for scenario, block in self._blocks().items():
+            header = self._scenarios[scenario]
+            for path, spec in header.arrays.items():
+                numbers = [number for number, rows in block if path in rows]
+                if not numbers:
+                    continue
+                shape = tuple(header.lengths[axis] for axis in spec.axes)
+                itemsize = np.dtype(spec.dtype).itemsize
+                chunks = chunk_shape(shape, itemsize)
+                parts = [-(-length // part) for length, part in zip(shape, chunks, strict=True)]
+                touched = len({number // chunks[0] for number in numbers})
+                size += touched * math.prod(parts[1:]) * (math.prod(chunks) * itemsize + _OVERHEAD)
+                if (scenario, path) not in self._begun:
+                    self._begun.add((scenario, path))
+                    size += _INDEX_BYTES * math.prod(parts) + _OVERHEAD
+        return size
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        partial_ = partial_path(self.path)
+        partial_, storage = partial_path(self.path), self._storage
+        reserved = False
         try:
-            if not self._storage.in_place():
-                # HDF5 would write on, to a file without a name.
-                self._failed = True
-                raise UserError(
-                    f"{partial_}: the file is gone: it or its folder was removed or renamed while "
-                    "the run was writing it; begin again with `run`"
-                )
+            # HDF5 would write on, to a file without a name.
+            if not storage.in_place():
+                raise FileNotFoundError(partial_)
+            reserve(storage.file.id.get_vfd_handle(), self._most_bytes())
+            reserved = True
             yield
         except FAILURES as error:
             self._failed = True
-            abandon(self._storage.file)
+            if reserved:
+                storage.abandon()
+            if not storage.in_place():
+                raise UserError(
+                    f"{partial_}: the file is gone: it or its folder was removed or renamed while "
+                    "the run was writing it; begin again with `run`"
+                ) from None
             raise UserError(
-                f"{partial_}: cannot write to the results file: "
-                f"{reason(error)}; rounds committed before stay readable, and `resume` goes on "
-                "from there"
+                f"{partial_}: cannot write to the results file: {reason(error)}; rounds committed "
+                "before stay readable, and `resume` goes on from there"
             ) from None
 
     def complete(self) -> None:
@@ -254,8 +291,9 @@ class ResultsWriter:
         with self._writing():
             file = self._storage.file
             stored = sum(dataset.id.get_storage_size() for dataset in datasets(file))
-            wasted = partial_.stat().st_size > 1.25 * stored + _OVERHEAD * len(datasets(file))
-            compact = self._compact() if wasted else None
+            stored += _OVERHEAD * len(datasets(file))
+            wasted = partial_.stat().st_size > 1.25 * stored
+            compact = self._compact(stored) if wasted else None
             self._storage.close()
             # One after the other: there is never an unfinished file beside the complete one.
             if compact is not None:
@@ -274,18 +312,20 @@ class ResultsWriter:
         with contextlib.suppress(Exception):
             self._storage.close()
 
-    def _compact(self) -> Path | None:
+    def _compact(self, size: int) -> Path | None:
         """Return a copy without unused space, or None where there is no room for one."""
         compact = self.path.with_name(self.path.name + ".compact")
         target = None
         try:
-            target = h5py.File(compact, "w", libver=LIBVER)
-            declare(target, self._attributes, self._ranks, self._scenarios)
+            fill = partial(
+                declare, attributes=self._attributes, ranks=self._ranks, scenarios=self._scenarios
+            )
+            target = create(compact, fill, size)
             copy_all(self._storage.file, target)
             target.flush()
             target.close()
         except FAILURES:
-            if target is not None:
+            if target:
                 abandon(target)
             compact.unlink(missing_ok=True)
             return None

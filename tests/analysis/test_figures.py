@@ -5,7 +5,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from build_file import Spec, build, paper_sweep
-from launching import run_testbed, write_experiment
+from launching import run_here, write_experiment
 from layout import check_layout
 from matplotlib.colors import to_rgb
 
@@ -308,7 +308,7 @@ def test_rho_without_the_offsets_that_the_most_knowing_attack_estimated(tmp_path
         federation={"rounds": 20, "clients": 2, "fresh_model": True, "batch_size": 16},
         attacks=["llg", "llg_star", "llg_plus"],
     )
-    assert run_testbed("run", experiment, "-o", tmp_path / "r.h5").status == 0
+    assert run_here("run", experiment, "-o", tmp_path / "r.h5").status == 0
     with open_results(tmp_path / "r.h5") as results:
         (scenario,) = results.scenarios
         truth = scenario.array("truth/counts")

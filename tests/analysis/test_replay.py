@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 from build_file import Spec, build
-from launching import run_testbed, write_experiment
+from launching import run_here, write_experiment
 from test_scenarios import share
 
 import analysis
@@ -180,10 +180,10 @@ def full(tmp_path_factory):
         data={"name": "digits", "auxiliary_per_class": 8},
         federation=FEDERATION,
         results={"observations": "full"},
-        sweep={"model.name": ["cnn", "resnet20"]},
+        sweep={"model.name": ["cnn", "cnn_bn"]},
         attacks=[quick(name) for name in attacks()],
     )
-    done = run_testbed("run", experiment, "-o", folder / "run.h5", cwd=ROOT)
+    done = run_here("run", experiment, "-o", folder / "run.h5", cwd=ROOT)
     assert done.status == 0, done.err
     return folder / "run.h5"
 
@@ -216,7 +216,7 @@ def summary(tmp_path_factory):
             {"name": "llg_plus", "label": "plus"},
         ],
     )
-    done = run_testbed("run", experiment, "-o", folder / "run.h5", cwd=ROOT)
+    done = run_here("run", experiment, "-o", folder / "run.h5", cwd=ROOT)
     assert done.status == 0, done.err
     return folder / "run.h5"
 
@@ -233,7 +233,7 @@ def odd(tmp_path_factory):
         sweep={"model.name": ["models:Diverging", "models:unbiased"]},
         attacks=["mine:Own", "llg"],
     )
-    done = run_testbed("run", experiment, "-o", folder / "run.h5", cwd=folder)
+    done = run_here("run", experiment, "-o", folder / "run.h5", cwd=folder)
     assert done.status == 0, done.err
     return folder / "run.h5"
 
@@ -452,7 +452,7 @@ def test_federated_and_defended_rounds_with_drop_outs(tmp_path, settings):
             "attacks": list(again),
         },
     )
-    done = run_testbed("run", experiment, "-o", run, cwd=ROOT)
+    done = run_here("run", experiment, "-o", run, cwd=ROOT)
     assert done.status == 0, done.err
     replay(run, more, [{"name": name, "label": label} for name, label in again.items()])
     before, after = contents(run), contents(more)

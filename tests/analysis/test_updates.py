@@ -381,7 +381,7 @@ G = ["--weight-gradient", "one.npy"]
         (["--weight-gradient", "missing.npy"], ["missing.npy", "no such file"]),
         (["--weight-gradient", "."], ["this is a folder"]),
         (["--weight-gradient", "cut.npy"], ["cut.npy: cannot read"]),
-        (["--weight-gradient", "cut.npz"], ["cut.npz: cannot read"]),
+        (["--weight-gradient", "cut.npz"], ["cut.npz: not a readable"]),
         (["--weight-gradient", "lies.npy"], ["lies.npy: cannot read"]),
         (["--weight-gradient", "note.txt"], ["note.txt: this is no .npy or .npz file"]),
         (["--weight-gradient", "objects.npy"], ["objects.npy", "Python objects"]),

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launching import run_testbed, write_experiment
+from launching import run_here, write_experiment
 
 from testbed.attacks import Assumption, Knowledge, Observed, attacks, make_attack
 from testbed.attacks.assumptions import Facts, broken_assumptions, not_applicable
@@ -129,7 +129,7 @@ def test_the_results_say_what_was_broken_and_what_was_not_run(tmp_path: Path):
         attacks=["llg", "llg_plus", "ebi", "idlg", "gradinversion_presence"],
     )
     (tmp_path / "mine.py").write_text(UNBIASED)
-    done = run_testbed("run", experiment, "-o", "a.h5", ranks=2, cwd=tmp_path)
+    done = run_here("run", experiment, "-o", "a.h5", cwd=tmp_path)
     assert done.status == 0, done.err
     with open_results(tmp_path / "a.h5") as results:
         (scenario,) = results.scenarios
@@ -154,7 +154,7 @@ def test_negative_features_are_found_by_a_trial_run(tmp_path: Path):
         attacks=["llg"],
         sweep={"model.activation": ["sigmoid", "relu", "tanh"]},
     )
-    done = run_testbed("run", experiment, "-o", "a.h5", cwd=tmp_path)
+    done = run_here("run", experiment, "-o", "a.h5", cwd=tmp_path)
     assert done.status == 0, done.err
     with open_results(tmp_path / "a.h5") as results:
         broken = [scenario.attacks["llg"].broken for scenario in results.scenarios]

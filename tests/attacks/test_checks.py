@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from launching import run_testbed, write_experiment
+from launching import run_here, write_experiment
 
 from analysis import load
 from testbed.attacks import (
@@ -133,7 +133,7 @@ def run_with(tmp_path, body, attack_list):
         federation={"rounds": 10, "fresh_model": True, "batch_size": 8},
         attacks=attack_list,
     )
-    return run_testbed("run", experiment, "-o", "r.h5", "--overwrite", ranks=2, cwd=tmp_path)
+    return run_here("run", experiment, "-o", "r.h5", "--overwrite", cwd=tmp_path)
 
 
 def test_a_wrong_answer_ends_the_run_instead_of_being_scored(tmp_path):

@@ -47,7 +47,7 @@ def write_mnist(folder: Path, train: int = 30, test: int = 20, *, compressed: bo
     for name, array in zip(MNIST_NAMES, arrays, strict=True):
         content = idx_bytes(array)
         if compressed:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
         else:
             (folder / name).write_bytes(content)
 
@@ -226,7 +226,7 @@ def write_emnist(folder: Path, variant: str, classes: int, *, first: int = 0) ->
         arrays = emnist_arrays(split, 2 * classes, classes, first)
         for kind, array in zip(("images-idx3", "labels-idx1"), arrays, strict=True):
             name = f"emnist-{variant}-{split}-{kind}-ubyte.gz"
-            (folder / name).write_bytes(gzip.compress(idx_bytes(array), 1))
+            (folder / name).write_bytes(gzip.compress(idx_bytes(array), 1, mtime=0))
 
 
 def svhn_arrays(n: int, seed: int) -> dict[str, NDArray[np.uint8]]:

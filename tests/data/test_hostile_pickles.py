@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from official_files import Python2Pickle, cifar_bytes, cifar_rows
 from traced import peak_below
 
@@ -202,27 +200,6 @@ def test_arrays_own_no_copy_and_are_read_only(tmp_path: Path) -> None:
 
 
 CONTENT = cifar_bytes(cifar_rows(1, 0)[:, :4], [5])
-
-
-@settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_any_damage_is_an_error_in_one_line_or_harmless(
-    tmp_path: Path, data: st.DataObject
-) -> None:
-    content = bytearray(CONTENT)
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path / "file"
-    path.write_bytes(content)
-    message = ""
-    try:
-        read_pickle(path)
-    except UserError as error:
-        message = str(error)
-    assert message == "" or message.startswith(str(path))
-    assert "\n" not in message
 
 
 def test_damage_is_found_in_lengths(tmp_path: Path) -> None:

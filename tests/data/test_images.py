@@ -7,6 +7,7 @@ import pytest
 from failures import refused
 from official_files import write_picture
 from PIL import Image
+from traced import peak_below
 
 from testbed.data import describe, load
 
@@ -120,3 +121,13 @@ def test_class_in_test_only(tmp_path: Path) -> None:
     for file in ("train/a/1.png", "train/b/1.png", "test/c/1.png"):
         write_picture(tmp_path / file, RGB[0])
     refused("images", tmp_path, str(tmp_path / "test" / "c"), "without training images")
+
+
+def test_pictures_of_too_many_pixels_are_refused_undecoded(tmp_path: Path) -> None:
+    # 150 million pixels in 20 kB.
+    for label in ("a", "b"):
+        path = tmp_path / label / "0.png"
+        path.parent.mkdir()
+        Image.new("1", (15_000, 10_000)).save(path)
+    with peak_below(8e6):
+        refused("images", tmp_path, "0.png: 15000x10000 pixels; expected at most 16777216")

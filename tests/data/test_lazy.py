@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from testbed.data import Dataset, load, open_dataset
-from testbed.data.dataset import number_users
-from testbed.data.lazy import in_memory, spread
+from testbed.data.dataset import Images, number_users
+from testbed.data.lazy import LazyDataset, in_memory, spread
 from testbed.errors import UserError
 
 LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=80).map(np.array)
@@ -136,3 +137,23 @@ def test_numbers_of_users_by_hand() -> None:
     # Users 9 and 3 are of the test part alone.
     assert number_users(keys, 4).tolist() == [1, 0, -1, 1, 3, 0, 2]
     assert number_users(np.array([-1, -1]), 1).tolist() == [-1, -1]
+
+
+def test_images_that_memory_cannot_hold_are_the_user_s_to_mend() -> None:
+    def read(chosen: slice | NDArray[np.int64]) -> Images:
+        raise MemoryError
+
+    data = LazyDataset(
+        name="some",
+        labels=np.arange(3),
+        classes=3,
+        scale=1.0,
+        test_start=None,
+        shape=(1, 2, 2),
+        dtype=np.dtype(np.float32),
+        read=read,
+    )
+    with pytest.raises(
+        UserError, match="'some': 3 images of 16 bytes do not fit into memory: set "
+    ):
+        data.load()

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from traced import peak_below
 
 from testbed.data import describe, load
@@ -236,33 +234,8 @@ def test_encrypted_and_exotic_archives(tmp_path: Path) -> None:
     exotic = raw.copy()
     exotic[8] = exotic[start + 10] = 97
     path.write_bytes(exotic)
-    failure(path, "compression")
+    failure(path, "compressed by method 97")
 
 
 def test_names_with_line_breaks_stay_in_one_line(tmp_path: Path) -> None:
     failure(write(tmp_path / "a.npz", **{"a\nb": LABELS}), r"'a\nb'")
-
-
-SMALL = io.BytesIO()
-np.savez(SMALL, images=BYTES[:4], labels=LABELS[:4])
-
-
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_any_damage_is_an_error_in_one_line_or_harmless(
-    tmp_path: Path, data: st.DataObject
-) -> None:
-    damaged = bytearray(SMALL.getvalue())
-    for _ in range(data.draw(st.integers(1, 4))):
-        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path / "a.npz"
-    path.write_bytes(damaged)
-    message = ""
-    try:
-        load("npz", path)
-    except UserError as error:
-        message = str(error)
-    assert message == "" or message.startswith(str(path))
-    assert "\n" not in message

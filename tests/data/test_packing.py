@@ -288,6 +288,24 @@ def test_arrays_of_other_files_are_not_read(packed: Path, tmp_path: Path) -> Non
     refused("packed", packed, "no array 'images' of its own")
 
 
+def test_pieces_larger_than_the_images_are_refused(packed: Path) -> None:
+    with h5py.File(packed, "r+") as file:
+        images = file["images"][()]
+        del file["images"]
+        chunks, most = (1 << 20, *images.shape[1:]), (None, *images.shape[1:])
+        file.create_dataset("images", data=images, chunks=chunks, maxshape=most, compression=1)
+    with peak_below(8e6):
+        refused("packed", packed, "'images' has pieces of 41943040 bytes")
+
+
+def test_texts_that_would_keep_the_library_busy_for_ever_are_refused(packed: Path) -> None:
+    content = bytearray(packed.read_bytes())
+    heap = content.index(b"GCOL\x01\0\0\0")
+    content[heap + 16 : heap + 32] = bytes(16)
+    packed.write_bytes(content)
+    refused("packed", packed, "not a readable HDF5 file", "a heap with an object of 0 bytes")
+
+
 def test_changed_pixels_are_noticed(packed: Path) -> None:
     images = load("packed", packed).images
     content = bytearray(packed.read_bytes())

@@ -5,14 +5,11 @@ import h5py
 import numpy as np
 import pytest
 from failures import refused
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from official_files import svhn_arrays, write_svhn
 from scipy import io
 from traced import peak_below
 
 from testbed.data import load
-from testbed.errors import UserError
 
 
 def test_reads_official_files(tmp_path: Path) -> None:
@@ -117,28 +114,3 @@ def test_announced_images_cost_nothing(tmp_path: Path) -> None:
     path.write_bytes(content.replace(sizes, huge))
     with peak_below(20e6):
         refused("svhn", tmp_path, "more than a file of its size can hold")
-
-
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(st.data())
-def test_a_damaged_file_is_refused_or_read(tmp_path: Path, data: st.DataObject) -> None:
-    write_svhn(tmp_path, 10, 10)
-    path = tmp_path / "test_32x32.mat"
-    io.savemat(path, svhn_arrays(10, 1))
-    content = bytearray(path.read_bytes())
-    if data.draw(st.booleans()):
-        content = content[: data.draw(st.integers(0, len(content) - 1))]
-    else:
-        # In the headers: of the file and of X, or those of y, which come last.
-        place = data.draw(st.integers(0, 250) | st.integers(len(content) - 90, len(content) - 1))
-        content[place] ^= data.draw(st.integers(1, 255))
-    path.write_bytes(content)
-    try:
-        dataset = load("svhn", tmp_path)
-    except UserError:
-        refused("svhn", tmp_path, str(path))
-    else:
-        assert dataset.images.shape == (20, 3, 32, 32)
-        assert set(dataset.labels) <= set(range(10))

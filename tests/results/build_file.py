@@ -271,10 +271,36 @@ _MEMBERS = {
 }
 
 
+STARTS = {"time": "S32", "ranks": "i4", "hosts": "S2048", "library": "S256", "software": "S2048"}
+STARTS |= {"command": "S1024", "slurm_job": "S64", "committed": "i8"}
+LOSSES = {"time": "S32", "rank": "i4", "host": "S256", "reason": "S16", "start": "i4"}
+LOSSES |= {"scenario": "i4", "round": "i4", "seconds": "f8"}
+# Of a run that was started once.
+START = {
+    "time": "2026-01-02T03:04:05+00:00",
+    "ranks": 3,
+    "hosts": "node1, node22",
+    "library": "Open MPI 5.0.6",
+    "software": '{"numpy": "2.0"}',
+    "command": "testbed run x.yaml",
+    "slurm_job": "4711",
+    "committed": 0,
+}
+
+Row = Mapping[str, str | int | float]
+
+
 class Builder:
     """A results file that is being written."""
 
-    def __init__(self, path: Path, specs: Sequence[Spec], title: str = "A title") -> None:
+    def __init__(
+        self,
+        path: Path,
+        specs: Sequence[Spec],
+        title: str = "A title",
+        starts: Sequence[Row] = (START,),
+        losses: Sequence[Row] = (),
+    ) -> None:
         self.specs = specs
         self.file = root = h5py.File(path, "w", libver=("v110", "v110"))
         encode(root, "testbed-results")
@@ -299,6 +325,8 @@ class Builder:
         scaled(ranks, ranks, "device", ["rank"], devices)
         scaled(ranks, ranks, "role", ["rank"], np.array([b"server", b"client", b"client"]))
         scaled(ranks, ranks, "local_rank", ["rank"], np.array([0, 1, 0], "i4"))
+        table(root, "starts", "start", STARTS, starts)
+        table(root, "losses", "loss", LOSSES, losses)
         encode(root.create_group("scenarios"), "scenarios")
         for index, spec in enumerate(specs):
             self._declare(root.create_group(f"scenarios/{index:04d}"), spec)
@@ -363,9 +391,11 @@ def build(
     specs: Sequence[Spec],
     committed: Sequence[int] | None = None,
     title: str = "A title",
+    starts: Sequence[Row] = (START,),
+    losses: Sequence[Row] = (),
 ) -> Path:
     """Write a whole file; rounds that are not committed hold rubbish, which shows if used."""
-    builder = Builder(path, specs, title)
+    builder = Builder(path, specs, title, starts, losses)
     generator = np.random.default_rng(0)
     for index, spec in enumerate(specs):
         done = spec.rounds if committed is None else committed[index]
@@ -385,13 +415,18 @@ def build(
 
 
 def age(path: Path, version: str = "1.0") -> Path:
-    """Turn a file into one of version 1.1 or 1.0, which said less."""
-    newer = {"privacy", "target", "adapted", "adaptation"}
-    arrays = ["observations/norm", "updates/identity", "updates/local_steps", "updates/arrived"]
+    """Turn a file into one of version 1.2, 1.1 or 1.0, which said less."""
+    newer: set[str] = set()
+    arrays: list[str] = []
+    if version in ("1.0", "1.1"):
+        newer |= {"privacy", "target", "adapted", "adaptation"}
+        arrays += ["observations/norm"]
+        arrays += ["updates/identity", "updates/local_steps", "updates/arrived"]
     if version == "1.0":
         newer |= {"answers", "observes", "assumes", "broken_assumptions", "not_applicable"}
         arrays += ["observations/labels"]
     with h5py.File(path, "a") as file:
+        del file["starts"], file["losses"]
         groups = [file]
         # Anything but None would end the visit.
         file.visititems(
@@ -409,7 +444,7 @@ def age(path: Path, version: str = "1.0") -> Path:
 
 def encode(group: h5py.Group, kind: str) -> h5py.Group:
     group.attrs["encoding-type"] = kind
-    group.attrs["encoding-version"] = "1.2"
+    group.attrs["encoding-version"] = "1.3"
     return group
 
 
@@ -424,6 +459,21 @@ def scaled(
     dataset = group.create_dataset(name, data=data)
     for position, axis in enumerate(axes):
         dataset.dims[position].attach_scale(scales[axis])
+
+
+def table(
+    root: h5py.File, name: str, axis: str, columns: Mapping[str, str], rows: Sequence[Row]
+) -> None:
+    """Write a table that grows."""
+    group = encode(root.create_group(name), name)
+    for column, dtype in {axis: "i8", **columns}.items():
+        values = [number if column == axis else row[column] for number, row in enumerate(rows)]
+        data = np.array(values).astype(dtype)
+        dataset = group.create_dataset(column, data=data, maxshape=(None,), chunks=(8,))
+        if column == axis:
+            dataset.make_scale(axis)
+        else:
+            dataset.dims[0].attach_scale(group[axis])
 
 
 def empty(

@@ -6,8 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,139 +14,32 @@ import h5py
 import numpy as np
 import pytest
 import xarray
-from numpy.typing import NDArray
+from written import (
+    DECLARED,
+    FILLS,
+    HEADER,
+    LENGTHS,
+    SMALL,
+    committed,
+    contents,
+    fill,
+    make,
+    opened,
+    rows_of,
+)
 
 from testbed.errors import UserError
+from testbed.results import storage
 from testbed.results import writer as writer_module
 from testbed.results.opening import open_file
 from testbed.results.provenance import provenance
 from testbed.results.schema import (
     FILE_ENCODING,
-    Calibrations,
     chunk_shape,
     scenario_arrays,
     uncompressed_bytes,
 )
-from testbed.results.writer import (
-    AttackHeader,
-    RankHeader,
-    ResultsWriter,
-    ScenarioHeader,
-    check_output,
-    partial_path,
-)
-
-LENGTHS = {
-    "round": 7,
-    "client": 3,
-    "class": 4,
-    "feature": 5,
-    "buffer": 7,
-    "parameter": 107,
-    "length_4": 4,
-}
-ATTACKS = {
-    "llg": AttackHeader("llg", "LLG", "gradients", "a paper", {}),
-    "plus": AttackHeader("llg_plus", "LLG+", "auxiliary", "a paper", {"scaling": "consistent"}),
-    "random": AttackHeader("random", "Random", "gradients", "", {}),
-    "sees": AttackHeader("sees", "Sees", "gradients", "", {}, answers="presence"),
-    "shares": AttackHeader(
-        "shares",
-        "Shares",
-        "model",
-        "",
-        {},
-        answers="distribution",
-        observes=["whole update"],
-        assumes=["distinct labels"],
-        broken={"distinct labels": "8 labels"},
-        not_applicable="",
-        target="accumulated",
-        adapted="llg",
-        adaptation=["noise: waits"],
-    ),
-}
-DECLARED: Mapping[str, tuple[str, Calibrations]] = {
-    "llg": ("counts", {}),
-    "plus": ("counts", {"impact": ((), "f8"), "offset": (("class",), "f8")}),
-    "random": ("counts", {"seed": ((), "u8")}),
-    "sees": ("presence", {}),
-    "shares": ("distribution", {"basis": (("client", "class", 4), "f8")}),
-}
-HEADER = ScenarioHeader(
-    swept={"federation.batch_size": 4},
-    parameters={"seed": 0, "attacks": ["llg"]},
-    model_parameters=100,
-    model_buffers=7,
-    last_layer="classifier",
-    lengths=LENGTHS,
-    arrays=scenario_arrays(
-        bias=True, weight=True, statistics=True, update=True, accumulated=True, attacks=DECLARED
-    ),
-    attacks=ATTACKS,
-    privacy={"epsilon": 1.5},
-)
-SMALL = replace(
-    HEADER,
-    swept={},
-    lengths={"round": 2, "client": 1, "class": 3},
-    arrays=scenario_arrays(bias=False, weight=False, attacks={"llg": ("counts", {})}),
-    attacks={"llg": ATTACKS["llg"]},
-)
-RANKS = [
-    RankHeader("node1", "cpu", "server", 0),
-    RankHeader("a-longer-name", "cuda:0 NVIDIA H200", "client", 3),
-]
-FILLS = {"f": np.nan, "i": -1, "u": 0}
-
-Rows = dict[str, NDArray[Any]]
-
-
-def make(path: Path, **options: Any) -> ResultsWriter:
-    defaults: dict[str, Any] = {"attributes": {"title": "A title"}, "ranks": RANKS}
-    defaults |= {"scenarios": [HEADER, SMALL], "commit_seconds": 3600.0}
-    return ResultsWriter(path, **defaults | options)
-
-
-def rows_of(header: ScenarioHeader, round_: int) -> Rows:
-    """Return a round's row of every array; the numbers tell where they belong."""
-    rng = np.random.default_rng(round_)
-    rows = {}
-    for name, spec in header.arrays.items():
-        shape = tuple(header.lengths[axis] for axis in spec.axes[1:])
-        if np.dtype(spec.dtype).kind == "f":
-            rows[name] = rng.normal(size=shape).astype(spec.dtype)
-        else:
-            rows[name] = rng.integers(0, 200, size=shape).astype(spec.dtype)
-    return rows
-
-
-def fill(writer: ResultsWriter, header: ScenarioHeader = HEADER, scenario: int = 0) -> None:
-    for round_ in range(header.lengths["round"]):
-        writer.append(scenario, round_, rows_of(header, round_))
-
-
-def contents(path: Path) -> dict[str, tuple[str, bytes, dict[str, Any]]]:
-    """Return type, bytes and attributes of every object; references become names."""
-    found = {}
-
-    with open_file(path) as file:
-
-        def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
-            links = ("DIMENSION_LIST", "REFERENCE_LIST")
-            attributes = {
-                k: np.asarray(v).tolist() for k, v in item.attrs.items() if k not in links
-            }
-            values = item[...] if isinstance(item, h5py.Dataset) else np.empty(0)
-            if isinstance(item, h5py.Dataset) and not item.is_scale:
-                scales = [[scale.name for scale in dim.values()] for dim in item.dims]
-                attributes["scales"] = scales
-            found[name] = (f"{values.dtype} {values.shape}", values.tobytes(), attributes)
-
-        visit("/", file)
-        file.visititems(visit)
-    return found
-
+from testbed.results.writer import ScenarioHeader, check_output, partial_path
 
 # What is declared
 
@@ -240,16 +131,19 @@ def test_no_array_is_partly_scaled(tmp_path: Path) -> None:
     found = contents(tmp_path / "a.h5")
     arrays = {name: item[2]["scales"] for name, item in found.items() if "scales" in item[2]}
     assert set(arrays) >= {"committed_rounds", "ranks/host", "ranks/local_rank"}
-    assert len(arrays) == 5 + len(HEADER.arrays) + len(SMALL.arrays)
+    assert len(arrays) == 21 + len(HEADER.arrays) + len(SMALL.arrays)
     assert all(len(scales) == 1 for axes in arrays.values() for scales in axes)
     assert arrays["committed_rounds"] == [["/scenario"]]
     assert arrays["ranks/host"] == [["/ranks/rank"]]
+    assert arrays["starts/time"] == [["/starts/start"]]
+    assert arrays["losses/seconds"] == [["/losses/loss"]]
 
 
 def test_groups_say_how_they_are_encoded(tmp_path: Path) -> None:
     make(tmp_path / "a.h5").complete()
     own = "truth", "observations", "attacks", "rounds", "updates", "timings"
-    expected = {"/": "testbed-results", "ranks": "ranks", "scenarios": "scenarios"}
+    expected = {"/": "testbed-results", "starts": "starts", "losses": "losses"}
+    expected |= {"ranks": "ranks", "scenarios": "scenarios"}
     for index, header in ((0, HEADER), (1, SMALL)):
         scenario = f"scenarios/{index:04d}"
         expected[scenario] = "scenario"
@@ -322,7 +216,7 @@ def test_provenance_has_every_attribute_of_the_format(monkeypatch: pytest.Monkey
         if line.startswith("| `")
         for name in line.split("|")[1].split(",")
     }
-    assert {*attributes, "share"} == named  # which share it is, the run says
+    assert {*attributes, "run", "share"} == named  # which run and share it is, the run says
     assert attributes["slurm_job"] == "4711"
     assert attributes["mpi_library"] == "Open MPI 5"
     assert attributes["created"].endswith("+00:00")
@@ -385,15 +279,6 @@ def test_rows_may_be_numbers(tmp_path: Path) -> None:
         assert group["attacks/random/calibration/seed"][0] == 2**64 - 1
 
 
-@contextmanager
-def opened(path: Path, **options: Any) -> Iterator[ResultsWriter]:
-    writer = make(path, **options)
-    try:
-        yield writer
-    finally:
-        writer.close()
-
-
 def test_undeclared_arrays_are_refused(tmp_path: Path) -> None:
     with opened(tmp_path / "a.h5") as writer:
         with pytest.raises(KeyError, match=r"not declared: \['rounds/lost', 'x'\]"):
@@ -428,12 +313,6 @@ def test_there_are_no_rounds_beyond_the_last(tmp_path: Path) -> None:
         fill(writer, SMALL, 1)
         with pytest.raises(ValueError, match="scenario 1: round 2 of 2"):
             writer.append(1, 2, {"rounds/loss": 1.0})
-
-
-def committed(path: Path) -> list[int]:
-    with open_file(path) as file:
-        rounds: list[int] = file["committed_rounds"][...].tolist()
-    return rounds
 
 
 def test_commits_come_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,7 +435,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
-from test_writer import HEADER, make, rows_of
+from written import HEADER, make, rows_of
 writer = make(Path(sys.argv[1]))
 for round_ in range(5):
     writer.append(0, round_, rows_of(HEADER, round_))
@@ -605,13 +484,13 @@ def test_a_compact_copy_is_the_same_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit_seconds: float
 ) -> None:
     copied: list[int] = []
-    original = writer_module._copy_chunks
+    original = writer_module.copy_all
 
     def spy(source: h5py.File, target: h5py.File) -> None:
         copied.append(partial_path(path).stat().st_size)
         original(source, target)
 
-    monkeypatch.setattr(writer_module, "_copy_chunks", spy)
+    monkeypatch.setattr(writer_module, "copy_all", spy)
     path, plain = tmp_path / "a.h5", tmp_path / "plain.h5"
     options: dict[str, Any] = {"scenarios": [LONG, SMALL]}
     with opened(path, commit_seconds=commit_seconds, **options) as writer:
@@ -629,7 +508,10 @@ def test_a_compact_copy_is_the_same_file(
         fill(writer, LONG)
         writer.complete()
     assert len(copied) == 1
-    assert contents(path) == contents(plain)
+    one, other = contents(path), contents(plain)
+    for name in ("starts/time",):  # when it was
+        del one[name], other[name]
+    assert one == other
     assert path.stat().st_size == pytest.approx(plain.stat().st_size, rel=0.2)
 
 
@@ -683,7 +565,7 @@ HOLDER = """
 import sys
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
-from test_writer import HEADER, make, rows_of
+from written import HEADER, make, rows_of
 writer = make(Path(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()
@@ -717,16 +599,16 @@ def test_a_file_has_its_name_only_when_it_can_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, names = tmp_path / "a.h5", []
-    declare = ResultsWriter._declare
+    taken = storage.hold
 
-    def look(self: ResultsWriter, root: h5py.File) -> None:
-        declare(self, root)
+    def look(descriptor: int) -> bool:
         names.append(sorted(file.name for file in tmp_path.iterdir()))
+        return taken(descriptor)
 
-    monkeypatch.setattr(ResultsWriter, "_declare", look)
+    monkeypatch.setattr(storage, "hold", look)
     with opened(path):
         assert committed(partial_path(path)) == [0, 0]
-    assert names[0] == ["a.h5.creating"]
+    assert names == [["a.h5.creating"]]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -793,7 +675,7 @@ def test_no_room_for_a_compact_copy_costs_nothing_but_space(
 
     path = tmp_path / "a.h5"
     monkeypatch.setattr("testbed.results.writer._OVERHEAD", -(10**9))  # always wasteful
-    monkeypatch.setattr("testbed.results.writer._copy_chunks", full)
+    monkeypatch.setattr("testbed.results.writer.copy_all", full)
     writer = make(path)
     fill(writer)
     writer.complete()
@@ -807,44 +689,7 @@ def test_a_file_that_cannot_be_declared_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ResultsWriter, "_declare_scenario", staticmethod(full))
+    monkeypatch.setattr("testbed.results.declaring._declare_scenario", full)
     with pytest.raises(UserError, match=r"cannot create the results file: .*No space left"):
         make(tmp_path / "a.h5")
     assert list(tmp_path.iterdir()) == []
-
-
-FULL = """
-import os, resource, signal, sys
-sys.path[:0] = sys.argv[2:]
-from pathlib import Path
-import numpy as np
-from test_writer import HEADER, make, rows_of
-from testbed.errors import UserError
-writer = make(Path(sys.argv[1]))
-writer.append(0, 0, rows_of(HEADER, 0))
-writer.commit()
-# A limit on the size of files stands for a disk that is full.
-size = os.path.getsize(sys.argv[1] + ".partial")
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-writer.append(0, 1, rows_of(HEADER, 1))
-try:
-    writer.commit()
-except UserError as error:
-    print(error, flush=True)
-else:
-    print("no error", flush=True)
-os._exit(0)
-"""
-
-
-def test_a_full_disk_is_an_error_and_what_was_committed_stays(tmp_path: Path) -> None:
-    path, here = tmp_path / "a.h5", Path(__file__).parent
-    line = [sys.executable, "-c", FULL, str(path), str(here), str(here.parent)]
-    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60)
-    assert f"{path}.partial: cannot write to the results file: " in done.stdout
-    assert "rounds committed before stay readable" in done.stdout
-    assert committed(partial_path(path)) == [1, 0]
-    with open_file(partial_path(path)) as file:
-        for name in HEADER.arrays:
-            assert file["scenarios/0000"][name][:1].shape[0] == 1
