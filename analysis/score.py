@@ -29,6 +29,8 @@ def baseline_columns(metric: str) -> dict[str, str]:
     return {name: name if metric == "asr" else f"{name}_{metric}" for name in BASELINES}
 
 
+# Of numbers that are none, metrics are NaN: nothing to warn of.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def score_rounds(scenario: "Scenario", start: int, stop: int) -> Sequence[tuple[str, Columns]]:
     """Return the varying columns of a range of rounds for each attack; none without an update."""
     from testbed.attacks import metrics

@@ -158,15 +158,19 @@ def _duration(seconds: float) -> str:
 def _on_terminal() -> bool:
     """Return whether standard error ends on a terminal, directly or through mpirun.
 
-    mpirun gives its ranks a pipe. The first host's mpirun is the parent of its ranks, and where
-    its own standard error leads can be read there (Linux).
+    mpirun gives its ranks a pipe. The first host's mpirun is the parent of its ranks, MPICH's the
+    parent of their parent, and where its own standard error leads can be read there (Linux).
     """
     if sys.stderr.isatty():
         return True
-    if "OMPI_COMM_WORLD_RANK" not in os.environ:
+    if not {"OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
         return False
     try:
-        target = str(Path(f"/proc/{os.getppid()}/fd/2").readlink())
+        launcher = str(os.getppid())
+        if "OMPI_COMM_WORLD_RANK" not in os.environ:
+            # After the name, in parentheses: state, parent.
+            launcher = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[1]
+        target = str(Path(f"/proc/{launcher}/fd/2").readlink())
     except OSError:
         return False
     return target.startswith(("/dev/pts/", "/dev/tty"))

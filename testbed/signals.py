@@ -1,8 +1,8 @@
 """Signals that end a run in good order.
 
-``mpirun`` forwards SIGUSR2 to every rank; Slurm sends SIGTERM before it takes a node away, and any
-signal that it is asked for before the time is up. The root finishes its round; the other ranks wait
-for it.
+``mpirun`` forwards SIGUSR1 to every rank, and Open MPI's SIGUSR2 too; Slurm sends SIGTERM before it
+takes a node away, and any signal that it is asked for before the time is up. The root finishes its
+round; the other ranks wait for it.
 """
 
 import signal
@@ -10,7 +10,7 @@ from types import FrameType
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
-_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:

@@ -1,9 +1,7 @@
 """The failure contract: a clear message, a status that is not 0, no hang, nothing lost."""
 
 import shutil
-import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 
@@ -123,31 +121,6 @@ def test_a_model_that_one_rank_cannot_build_is_an_error_before_there_is_a_file(f
     assert "error: rank 2: " in done.err
     assert "this model cannot be built on purpose" in done.err
     assert list(tmp_path.glob("r.h5*")) == []
-
-
-def test_ctrl_c_keeps_every_round_that_was_done(failing, tmp_path):
-    experiment = failing("none", rounds=100_000)
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command("run", experiment, "results.commit_seconds=3600", "-o", "r.h5"),
-            cwd=tmp_path,
-            env=environment(),
-            stderr=log,
-        )
-    partial = tmp_path / "r.h5.partial"
-    end = time.monotonic() + 60
-    while not partial.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=LIMIT) == 130
-    report = (tmp_path / "log").read_text()
-    assert "Traceback" not in report
-    assert "interrupted" in report
-    with h5py.File(partial) as file:
-        rounds = int(file["committed_rounds"][0])
-    assert rounds > 0
-    assert f"round {rounds}" in report
 
 
 def test_a_failure_in_a_run_of_one_process(failing, tmp_path):

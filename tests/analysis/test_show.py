@@ -3,7 +3,7 @@ import json
 import h5py
 import numpy as np
 import pytest
-from build_file import Builder, Spec, age, build, paper_sweep
+from build_file import START, Builder, Spec, age, build, paper_sweep
 from test_scenarios import share
 
 from analysis.show import show
@@ -235,3 +235,44 @@ def test_scenarios_of_a_share_have_their_numbers_in_the_sweep(tmp_path):
     for head in ("not applicable", "broken assumptions", "drop-outs"):
         (line,) = section(text, head)
         assert "in scenario 3" in line
+
+
+def test_starts_and_lost_ranks_are_told(tmp_path):
+    again = {**START, "time": "2026-01-03T00:00:00+00:00", "ranks": 2, "slurm_job": "4712"}
+    lost = {"time": "t", "rank": 1, "host": "node1", "reason": "killed", "start": 0}
+    lost |= {"scenario": 0, "round": 3, "seconds": 0.51234}
+    stuck = {**lost, "rank": 2, "host": "node22", "reason": "stuck", "start": 1, "scenario": 1}
+    specs = [Spec({"federation.batch_size": size}, rounds=8) for size in (1, 2)]
+    starts = [START, {**again, "committed": 5}]
+    path = build(tmp_path / "run.h5", specs, starts=starts, losses=[lost, stuck])
+    lines = [line.split() for line in show(path).splitlines()]
+    assert ["started", "2", "times"] in lines
+    assert ["2026-01-02T03:04:05+00:00", "with", "3", "ranks,", "Slurm", "job", "4711"] in lines
+    told = "2026-01-03T00:00:00+00:00 with 2 ranks, after 5 rounds, Slurm job 4712"
+    assert told.split() in lines
+    assert ["lost", "2", "ranks"] in lines
+    where = "rank 1 on node1, killed during start 1 at round 3 of scenario 0"
+    assert f"{where}; the run went on after 0.51 s".split() in lines
+    where = "rank 2 on node22, stuck during start 2 at round 3 of scenario 1"
+    assert f"{where}; the run went on after 0.51 s".split() in lines
+
+
+def test_a_run_that_was_started_once_and_lost_nothing_says_nothing_of_it(tmp_path):
+    for path in (
+        build(tmp_path / "run.h5", [Spec(rounds=2)]),
+        age(build(tmp_path / "old.h5", [Spec(rounds=2)]), "1.2"),
+    ):
+        words = show(path).split()
+        assert "started" not in words
+        assert "lost" not in words
+
+
+def test_of_many_losses_the_first_and_the_last_are_told(tmp_path):
+    loss = {"time": "t", "host": "node1", "reason": "killed", "start": 0, "scenario": 0}
+    losses = [{**loss, "rank": rank, "round": 2, "seconds": 1.0} for rank in range(30)]
+    text = show(build(tmp_path / "run.h5", [Spec(rounds=4)], losses=losses))
+    assert "30 ranks" in text
+    for rank in range(30):
+        told = f"rank {rank} on node1, killed at round 2; the run went on after 1 s"
+        assert (told in text) == (rank < 4 or rank >= 26)
+    assert "... 22 more ..." in text

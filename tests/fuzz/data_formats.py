@@ -227,7 +227,10 @@ def leaf_json(files: Files, rng: random.Random) -> Files:
     tree = json.loads(content)
     if draw < 0.36:
         tree["user_data"] = nested(tree["user_data"], 900, rng)
-    return {**files, name: json.dumps(damage_tree(tree, rng)).encode()}
+    try:
+        return {**files, name: json.dumps(damage_tree(tree, rng)).encode()}
+    except RecursionError:  # the two together are too deep to be written
+        return {**files, name: damage_text(content, rng)}
 
 
 def _leaf(folder: Path) -> None:
