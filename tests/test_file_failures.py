@@ -88,7 +88,8 @@ def test_a_disk_that_fills_up_ends_the_run_which_goes_on_when_there_is_room(tmp_
             resource.prlimit(writer_of(run, path), resource.RLIMIT_FSIZE, (size, size))
             _, err = run.communicate(timeout=60)
         finally:
-            kill_tree(run.pid)
+            if run.poll() is None:
+                kill_tree(run.pid)
     (error,) = errors(err)
     assert "error: rank 0 of 2 on " in error
     assert f"{partial_path(path)}: cannot write to the results file: File too large; " in error
@@ -199,7 +200,8 @@ def test_a_folder_that_is_taken_away_ends_the_run(tmp_path, mode):
             folder.rename(tmp_path / "moved")
             _, err = run.communicate(timeout=60)
         finally:
-            kill_tree(run.pid)
+            if run.poll() is None:
+                kill_tree(run.pid)
     (error,) = errors(err)
     assert f"{folder / 'r.h5'}.partial: the file is gone: " in error
     assert run.returncode == 2

@@ -80,6 +80,8 @@ def _declare_scenario(group: h5py.Group, header: ScenarioHeader) -> None:
             path,
             shape,
             spec.dtype,
+            # Of an array that can grow, the index of chunks lies in pieces of a page at most.
+            maxshape=(None, *shape[1:]),
             chunks=chunk_shape(shape, np.dtype(spec.dtype).itemsize),
             fillvalue=spec.fill,
             compression="gzip" if spec.compressed else None,

@@ -35,8 +35,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{path}: the file exists: choose another name, or pass --overwrite")
     if partial.exists():
         raise UserError(
-            f"{partial}: the file exists: it was left by a run that was stopped; choose another "
-            "name, or pass --overwrite to discard its rounds"
+            f"{partial}: the file exists: it was left by a run that was stopped; go on with it by "
+            "`resume`, choose another name, or pass --overwrite to discard its rounds"
         )
 
 

@@ -111,7 +111,7 @@ def take_over(old: h5py.File, new: h5py.File) -> list[int]:
 def copy_rounds(old: h5py.File, new: h5py.File) -> None:
     """Copy the committed rounds; the new file says already how many these are."""
     for index, rows in enumerate(new["committed_rounds"][...].tolist()):
-        for dataset in datasets(old[scenario_name(index)]):
+        for dataset in datasets(old[scenario_name(index)]) if rows else ():
             if dataset.chunks is not None:
                 copy = new[dataset.name]
                 copy_chunks(dataset, copy, rows)

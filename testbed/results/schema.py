@@ -15,8 +15,11 @@ FILE_ENCODING = ("testbed-results", "1.3")
 _STRUCTURE_BYTES = 2000
 # Of a position on an axis.
 _AXIS_BYTES = 8
-# Small, since a commit writes the chunk again that the last one left unfinished.
-_CHUNK_BYTES = 1 << 14
+# A kill can cut a write between two pages of memory. A chunk that is written again, in its place
+# where its size is the same, must therefore fit into one, with checksum and what gzip may add; and
+# smaller ones would waste less, since SWMR does not reuse places, but compress less.
+PAGE_BYTES = 4096
+_CHUNK_BYTES = 4000
 # HDF5 allows no chunk of 4 GiB, and a reader holds whole ones.
 _MOST_CHUNK_BYTES = 1 << 24
 # Arrays with rows of attacked rounds alone.

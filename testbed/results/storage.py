@@ -19,9 +19,13 @@ from testbed.errors import UserError
 from testbed.results.filesystem import has_write_order
 from testbed.results.output import has_name, hold, partial_path, reason, unborn_path
 from testbed.results.room import release, reserve
+from testbed.results.schema import PAGE_BYTES
 
 # Files that HDF5 2 writes as `latest` cannot be read by 1.14.
 LIBVER = ("v110", "v110")
+# A kill can cut a write between two pages of memory: nothing small is to lie across them. That
+# takes a tenth more room.
+_PAGED = {"fs_strategy": "page", "fs_page_size": PAGE_BYTES}
 # HDF5 raises either where the disk is full.
 FAILURES = (OSError, RuntimeError)
 # What switching to SWMR, or a commit, may write beside the arrays, in bytes.
@@ -238,16 +242,22 @@ def begin(
 
 
 def create(
-    path: Path, fill: Callable[[h5py.File], None], room: int, *, locking: bool | None = None
+    path: Path,
+    fill: Callable[[h5py.File], None],
+    room: int,
+    *,
+    paged: bool = True,
+    locking: bool | None = None,
 ) -> h5py.File:
     """Create a file, and make sure that it can grow by so many bytes.
 
     It is declared in memory: HDF5 does not survive a disk that is full.
     """
-    with h5py.File(path, "w", driver="core", backing_store=False, libver=LIBVER) as declared:
-        fill(declared)
-        declared.flush()
-        path.write_bytes(declared.id.get_file_image())
+    more = _PAGED if paged else {}
+    with h5py.File(path, "w", driver="core", backing_store=False, libver=LIBVER, **more) as image:
+        fill(image)
+        image.flush()
+        path.write_bytes(image.id.get_file_image())
     file = h5py.File(path, "r+", libver=LIBVER, locking=locking)
     try:
         reserve(file.id.get_vfd_handle(), room)

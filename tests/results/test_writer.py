@@ -653,10 +653,11 @@ def test_xarray_opens_every_group_with_named_axes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        ((1000, 1, 10), (334, 1, 10)),  # many small rounds, in equal parts
+        ((1000, 1, 10), (100, 1, 10)),  # many small rounds, in equal parts
         ((5, 1, 10), (5, 1, 10)),  # never longer than the array
         ((1000,), (1000,)),
-        ((9000,), (3000,)),
+        ((9000,), (1000,)),
+        ((50, 3, 500), (1, 3, 500)),  # as soon as one is larger than a page
         ((50, 1000, 10), (1, 1000, 10)),  # a round of many clients
         ((50, 100_000, 100, 768), (1, 54, 100, 768)),  # 30 GB a round: some clients of it
     ],
