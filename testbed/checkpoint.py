@@ -65,12 +65,14 @@ class Checkpoints:
 
     Attributes
     ----------
+    path
+        Of the checkpoint.
     seconds_spent
         Time that writing them has taken.
     """
 
     def __init__(self, results: Path, run: str, seconds: float) -> None:
-        self._path = checkpoint_path(results)
+        self.path = checkpoint_path(results)
         self._models_path = results.with_name(results.name + ".pretrained")
         self._run = run
         self._pause = seconds
@@ -94,7 +96,7 @@ class Checkpoints:
             arrays |= {f"clients/{identity}/{name}": a for name, a in sorted(remembered.items())}
         content = {"run": self._run, "scenario": scenario, "round": state.round}
         started = time.monotonic()
-        write_container(self._path, Container(CHECKPOINT, content, arrays))
+        write_container(self.path, Container(CHECKPOINT, content, arrays))
         self._written_at = time.monotonic()
         spent = self._written_at - started
         self.seconds_spent += spent
@@ -109,16 +111,16 @@ class Checkpoints:
         UserError
             The file is damaged, or cannot be read.
         """
-        if not self._path.exists():
+        if not self.path.exists():
             return None
-        container = read_container(self._path, CHECKPOINT)
+        container = read_container(self.path, CHECKPOINT)
         content = container.content
         if content.get("run") != self._run or content.get("scenario") != scenario:
             return None
         try:
             return _scenario_state(container)
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{self._path}: this checkpoint makes no sense: {error}") from None
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
+            raise UserError(f"{self.path}: this checkpoint makes no sense: {error}") from None
 
     def write_models(self, models: Mapping[ModelKey, NDArray[np.float32]]) -> None:
         """Save models that were trained before the first round, float32 [P + S] each."""
@@ -149,12 +151,12 @@ class Checkpoints:
                 (str(key), int(steps), int(number)): container.arrays[str(place)]
                 for place, (key, steps, number) in enumerate(container.content["models"])
             }
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise UserError(f"{self._models_path}: these models make no sense: {error}") from None
 
     def remove(self) -> None:
         """Remove the files: the run is complete, or begins anew."""
-        for path in (self._path, self._models_path):
+        for path in (self.path, self._models_path):
             path.unlink(missing_ok=True)
             path.with_name(path.name + ".new").unlink(missing_ok=True)
 

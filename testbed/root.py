@@ -206,7 +206,7 @@ class Root:
                 self.saving,
             )
             if self._state is not None:
-                server.restore(self._state)
+                self._restore(server, self._state)
             elif begin:
                 server.skip(begin)
             self._server, self._at, self._state = server, at, None
@@ -222,6 +222,15 @@ class Root:
                 self.progress.advance(plan)
                 self._tell_losses()
         self._server = None
+
+    def _restore(self, server: "ScenarioServer", state: ScenarioState) -> None:
+        try:
+            server.restore(state)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self._checkpoints.path}: this checkpoint does not fit the run ({error}): remove "
+                "it, and the rounds are gone through again"
+            ) from None
 
     def lost(self, lost: Sequence[Lost], since: float, ranks: int) -> None:
         """Take down who was lost; told in the file when the next round is there.

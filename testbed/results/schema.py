@@ -4,6 +4,7 @@
 readers, so everything is declared from the plan.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +166,7 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
     As equal ones as may be, since the last one takes as much of the file as the others.
     """
-    row = max(1, int(np.prod(shape[1:])) * itemsize)
+    row = max(1, math.prod(shape[1:]) * itemsize)
     if row <= _CHUNK_BYTES or len(shape) == 1:
         return (_even(shape[0], max(1, _CHUNK_BYTES // row)), *shape[1:])
     client = row // shape[1]
@@ -199,5 +200,5 @@ def uncompressed_bytes(
         if chunks[0] == 1 and path.startswith(_OF_ATTACKED):
             shape = (attacked, *shape[1:])
         pairs = zip(shape, chunks, strict=True)
-        values += size * int(np.prod([-(-length // max(part, 1)) * part for length, part in pairs]))
+        values += size * math.prod(-(-length // max(part, 1)) * part for length, part in pairs)
     return values + _STRUCTURE_BYTES * (len(arrays) + len(lengths))
