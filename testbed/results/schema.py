@@ -199,6 +199,9 @@ def uncompressed_bytes(
         chunks = chunk_shape(shape, size)
         if chunks[0] == 1 and path.startswith(_OF_ATTACKED):
             shape = (attacked, *shape[1:])
+        chunk = size * math.prod(chunks)
+        if chunk > _CHUNK_BYTES:  # with its checksum, it takes whole pages
+            chunk = PAGE_BYTES * -(-(chunk + 4) // PAGE_BYTES)
         pairs = zip(shape, chunks, strict=True)
-        values += size * math.prod(-(-length // max(part, 1)) * part for length, part in pairs)
+        values += chunk * math.prod(-(-length // max(part, 1)) for length, part in pairs)
     return values + _STRUCTURE_BYTES * (len(arrays) + len(lengths))

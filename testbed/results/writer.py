@@ -246,7 +246,7 @@ class ResultsWriter:
                 chunks = chunk_shape(shape, itemsize)
                 parts = [-(-length // part) for length, part in zip(shape, chunks, strict=True)]
                 touched = len({number // chunks[0] for number in numbers})
-                size += touched * math.prod(parts[1:]) * (math.prod(chunks) * itemsize + _OVERHEAD)
+                size += touched * math.prod(parts[1:]) * (math.prod(chunks) * itemsize + PAGE_BYTES)
                 size += _OVERHEAD + 2 * PAGE_BYTES + _INDEX_BYTES * touched * math.prod(parts[1:])
         return size
 

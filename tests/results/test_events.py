@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xarray
 from build_file import START, Spec, age, build
-from written import HEADER, RANKS, committed, make, opened, resume, rows_of
+from written import HEADER, RANKS, committed, in_child, make, opened, resume, rows_of
 
 from testbed.results.events import LOSSES, STARTS
 from testbed.results.opening import open_file
@@ -90,8 +90,8 @@ def test_a_reader_never_sees_a_part_of_a_row(tmp_path: Path) -> None:
 
 def test_a_row_that_a_dead_writer_did_not_finish_is_none(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
-    child = os.fork()
-    if child == 0:
+
+    def work() -> None:
         writer = make(path)
         writer.record_loss(numbered(0))
         losses = writer._storage.file["losses"]
@@ -99,7 +99,8 @@ def test_a_row_that_a_dead_writer_did_not_finish_is_none(tmp_path: Path) -> None
             losses[name].resize((2,))
         writer._storage.file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    assert in_child(work) == -signal.SIGKILL
     with open_results(path) as results:
         assert results.losses == [as_read(0)]
     with opened(path, resume) as writer:

@@ -26,6 +26,7 @@ from written import (
     committed,
     contents,
     fill,
+    in_child,
     make,
     opened,
     resume,
@@ -41,22 +42,6 @@ from testbed.results.writer import ResultsWriter, partial_path
 
 TOLD = {"title": "A title", "experiment": "seed: 1\nrounds: 7\n", "share": "0/1", "created": "then"}
 MODES = ["swmr", "flush"]
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Do something in a process of its own, and return how that ended."""
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            work()
-            status = 0
-        except UserError as error:
-            print(error, file=sys.stderr, flush=True)
-            status = 2
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def killed(path: Path, rounds: int = 3, more: int = 2, **options: Any) -> None:

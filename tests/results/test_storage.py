@@ -16,7 +16,19 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from written import HEADER, LENGTHS, SMALL, committed, contents, fill, make, opened, resume, rows_of
+from written import (
+    HEADER,
+    LENGTHS,
+    SMALL,
+    committed,
+    contents,
+    fill,
+    in_child,
+    make,
+    opened,
+    resume,
+    rows_of,
+)
 
 from testbed.errors import UserError
 from testbed.results import storage
@@ -158,8 +170,7 @@ def test_a_kill_within_a_commit_loses_nothing(tmp_path: Path, step: str) -> None
     def half(source: Path, target: Path) -> None:
         target.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
 
-    child = os.fork()
-    if child == 0:
+    def work() -> None:
         writer = make(path, mode="flush")
         for round_ in range(4):
             writer.append(0, round_, rows_of(HEADER, round_))
@@ -176,8 +187,8 @@ def test_a_kill_within_a_commit_loses_nothing(tmp_path: Path, step: str) -> None
         else:
             storage._take = dies(storage._take)
         writer.commit()
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    assert in_child(work) == -signal.SIGKILL
     rounds = 4 if step == "renamed" else 2
     assert check(path) == rounds
     writer = resume(path, mode="flush")

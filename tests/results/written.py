@@ -1,5 +1,7 @@
 """Results files as the writer makes them: small ones, whose numbers tell where they belong."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +12,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from testbed.errors import UserError
 from testbed.results.opening import open_file
 from testbed.results.schema import Calibrations, scenario_arrays
 from testbed.results.writer import AttackHeader, RankHeader, ResultsWriter, ScenarioHeader
@@ -147,3 +150,19 @@ def committed(path: Path) -> list[int]:
     with open_file(path) as file:
         rounds: list[int] = file["committed_rounds"][...].tolist()
     return rounds
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Do something in a process of its own, and return how that ended."""
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            work()
+            status = 0
+        except UserError as error:
+            print(error, file=sys.stderr, flush=True)
+            status = 2
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
