@@ -28,7 +28,7 @@ from testbed.seeds import Purpose, seed64
 from testbed.server import ScenarioServer
 from testbed.startup import ScenarioSetup
 from testbed.summing import message_capacity
-from testbed.transport.base import Downlink
+from testbed.transport.base import ClientState, Downlink
 from testbed.transport.local import LocalTransport
 from testbed.update import Message
 
@@ -83,10 +83,15 @@ class Recorder(Downlink):
     def __init__(self, inner: Downlink, run: Run, tamper: Tamper) -> None:
         self._inner, self._run, self._tamper = inner, run, tamper
 
-    def publish(self, round_: int, model: NDArray[np.float32]) -> None:
+    def publish(
+        self, round_: int, model: NDArray[np.float32], *, wants_states: bool = False
+    ) -> None:
         assert round_ == len(self._run.models)
         self._run.models[round_] = model.copy()
-        self._inner.publish(round_, model)
+        self._inner.publish(round_, model, wants_states=wants_states)
+
+    def states(self) -> dict[int, ClientState]:
+        return self._inner.states()
 
     def receive(self, task: Task) -> Message:
         message = self._inner.receive(task)
@@ -120,9 +125,9 @@ def serve(
     capacity = message_capacity(plan, run.setup)
     opened = transport.open(plan, run.setup.layout, worker, buffers=4, capacity=capacity)
     with closing(writer), Recorder(opened, run, tamper) as downlink:
-        loop = ScenarioServer(plan, run.setup, downlink, workers, writer)
+        loop = ScenarioServer(plan, run.setup, workers, writer)
         position = Position()
-        for expected, number in enumerate(loop.rounds(position)):
+        for expected, number in enumerate(loop.rounds(downlink, position)):
             assert (number, position.round, position.scenario) == (expected, expected, 0)
         assert number == plan.rounds - 1
         writer.complete()
