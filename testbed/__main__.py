@@ -12,9 +12,6 @@ from testbed import __version__
 from testbed.data_commands import add_data_commands
 from testbed.errors import UserError
 
-# `testbed.begun` has them too, and imports more than --help should wait for.
-_MOVABLE = ("data.root", "results.commit_seconds")
-
 _EPILOG = """\
 examples:
   testbed check launch/experiments/quickstart.yaml
@@ -90,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help=f"keys that may change from start to start: {', '.join(_MOVABLE)}",
+        help="keys without a part in the results, such as data.root",
     )
     _add_running(resume)
     resume.set_defaults(command=_resume)

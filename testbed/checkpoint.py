@@ -67,8 +67,6 @@ class Checkpoints:
     ----------
     path
         Of the checkpoint.
-    seconds_spent
-        Time that writing them has taken.
     """
 
     def __init__(self, results: Path, run: str, seconds: float) -> None:
@@ -77,7 +75,6 @@ class Checkpoints:
         self._run = run
         self._pause = seconds
         self._written_at = self._models_at = time.monotonic()
-        self.seconds_spent = 0.0
 
     def due(self) -> bool:
         """Return whether it is time for the next checkpoint."""
@@ -99,7 +96,6 @@ class Checkpoints:
         write_container(self.path, Container(CHECKPOINT, content, arrays))
         self._written_at = time.monotonic()
         spent = self._written_at - started
-        self.seconds_spent += spent
         # Where it takes long, the next one waits.
         self._written_at += max(0.0, spent / _SHARE - self._pause)
 
@@ -130,7 +126,6 @@ class Checkpoints:
         write_container(self._models_path, Container(MODELS, content, arrays))
         self._models_at = time.monotonic()
         spent = self._models_at - started
-        self.seconds_spent += spent
         self._models_at += max(0.0, spent / _SHARE - self._pause)
 
     def read_models(self) -> dict[ModelKey, NDArray[np.float32]]:

@@ -108,7 +108,7 @@ class MPIDownlink(Downlink):
         self._check()
         found: dict[int, ClientState] = {}
         for worker in range(self._workers):
-            found |= receive_states(self._comm, self._control, worker + 1)
+            found |= receive_states(self._comm, self._wait, worker + 1)
         return found
 
     @override

@@ -151,7 +151,7 @@ class MPITransport(Transport):
     @override
     def distribute(self, states: Mapping[int, Mapping[int, ClientState]]) -> dict[int, ClientState]:
         if not self.is_root:
-            return receive_states(self._comm, self._control, 0)
+            return receive_states(self._comm, self._wait, 0)
         for worker in range(self.workers):
             send_states(self._comm, self._control, worker + 1, states.get(worker, {}))
         return {}

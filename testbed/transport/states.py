@@ -1,6 +1,6 @@
 """What clients remember, sent from rank to rank: flat arrays, nothing pickled."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from mpi4py import MPI
@@ -29,15 +29,17 @@ def send_states(
         control.wait(comm.Issend(np.ascontiguousarray(array), dest=rank, tag=_TAG))
 
 
-def receive_states(comm: MPI.Intracomm, control: Control, rank: int) -> dict[int, ClientState]:
+def receive_states(
+    comm: MPI.Intracomm, wait: Callable[[MPI.Request], object], rank: int
+) -> dict[int, ClientState]:
     """Return the states that a rank sends."""
     count = np.zeros(1, np.int64)
-    control.wait(comm.Irecv(count, source=rank, tag=_TAG))
+    wait(comm.Irecv(count, source=rank, tag=_TAG))
     index = np.empty((int(count[0]), 3), np.int64)
-    control.wait(comm.Irecv(index, source=rank, tag=_TAG))
+    wait(comm.Irecv(index, source=rank, tag=_TAG))
     states: dict[int, ClientState] = {}
     for identity, name, length in index.tolist():
         array = np.empty(length, np.float32)
-        control.wait(comm.Irecv(array, source=rank, tag=_TAG))
+        wait(comm.Irecv(array, source=rank, tag=_TAG))
         states.setdefault(identity, {})[_NAMES[name]] = array
     return states
