@@ -212,3 +212,13 @@ def test_ranks_may_die_before_the_first_round(failing, tmp_path, victims):
     with open_results(tmp_path / "r.h5") as results:
         assert results.complete
         assert sorted(loss.rank for loss in results.losses) == list(victims)
+
+
+@pytest.mark.mpi
+@pytest.mark.ulfm
+def test_a_rank_may_die_when_all_is_done(failing, tmp_path):
+    """As its interpreter ends, where MPI_Finalize of the others would wait for it for ever."""
+    finished = tolerant(failing("end"), "r.h5", 3, cwd=tmp_path)
+    assert finished.status == 0, finished.err
+    with open_results(tmp_path / "r.h5") as results:
+        assert results.complete

@@ -120,7 +120,8 @@ class MPITransport(Transport):
 
     @override
     def part(self) -> None:
-        if self.size < self.started:  # MPI_Finalize would wait for the dead, now and then
+        # MPI_Finalize would wait for the dead, now and then; also for who dies in these moments.
+        if self._tolerant:
             self.leave(0)
 
     @override
@@ -351,10 +352,7 @@ class MPITransport(Transport):
             raise RootLost("the root has died")
         if self.size > 1:
             return self, gone
-        alone = LocalTransport()
-        alone.started, alone.library, alone.local_rank = self.started, self.library, self.local_rank
-        alone.allocate, alone.host = self.allocate, self.host
-        return alone, gone
+        return _Alone(self), gone
 
     def _order_kills(self, stuck: Sequence[int]) -> list[int]:
         """Tell every rank that answers which processes it has to kill; return the root's own."""
@@ -430,3 +428,26 @@ class MPITransport(Transport):
     def _told_done(self) -> bool:
         self._control.hear()
         return self._control.done
+
+
+class _Alone(LocalTransport):
+    """The root, when it has lost all others: it computes itself, and ends as it would have."""
+
+    def __init__(self, before: MPITransport) -> None:
+        super().__init__()
+        self._before = before
+        self.started, self.library = before.started, before.library
+        self.host, self.local_rank = before.host, before.local_rank
+        self.allocate = before.allocate
+
+    @override
+    def abort(self, status: int) -> None:
+        self._before.abort(status)
+
+    @override
+    def leave(self, status: int) -> None:
+        self._before.leave(status)
+
+    @override
+    def part(self) -> None:
+        self._before.part()
