@@ -84,7 +84,7 @@ def replay(
             output,
             attributes=_attributes(results, chosen),
             ranks=[
-                RankHeader(rank.host, rank.device, rank.role, rank.local_rank)
+                RankHeader(rank.host, rank.device, rank.role, rank.local_rank, rank.cores, rank.gpu)
                 for rank in results.ranks
             ],
             scenarios=[scenario.header for scenario in scenarios],

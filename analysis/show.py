@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from analysis.load import DEFENSES
 from analysis.score import ACCUMULATED
 from testbed.defenses.described import NONE, defense_label, named
+from testbed.results.placed import describe_sharing
 
 if TYPE_CHECKING:
     from testbed.results.reader import Rank, Results, Scenario, Start
@@ -138,13 +139,18 @@ def _packages(dependencies: str) -> str:
 def _placement(ranks: Sequence["Rank"]) -> list[tuple[str, str]]:
     hosts = len({rank.host for rank in ranks})
     count = f"{_number(len(ranks), 'rank')} on {_number(hosts, 'host')}"
+    sharing = [("", line) for line in describe_sharing(ranks)]
     if len(ranks) <= 8:
-        each = [f"{rank.rank} {rank.role} on {rank.host}, {rank.device}" for rank in ranks]
-        return [("ranks", count), *(("", line) for line in each)]
+        each = [
+            f"{rank.rank} {rank.role} on {rank.host}, {rank.device}"
+            + (f", bound to CPUs {rank.cores}" if rank.cores else "")
+            for rank in ranks
+        ]
+        return [("ranks", count), *(("", line) for line in each), *sharing]
     # Indices of devices differ from rank to rank; their models are what a reader wants to know.
     kinds = Counter(rank.device.partition(" ")[2] or rank.device for rank in ranks)
     devices = ", ".join(f"{number} x {kind}" for kind, number in kinds.most_common())
-    return [("ranks", count), ("devices", devices)]
+    return [("ranks", count), ("devices", devices), *sharing]
 
 
 def _number(count: int, noun: str) -> str:

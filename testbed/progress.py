@@ -94,6 +94,13 @@ class Progress:
         elif self._mode == "log":
             self._say(text)
 
+    def remark(self, text: str) -> None:
+        """Tell the user something that is part of the progress, and so not in mode ``none``."""
+        if self._mode == "log":
+            self._say(text)
+        elif self._mode == "live":
+            self.note(text)
+
     def note(self, text: str) -> None:
         """Tell the user something, whatever the mode."""
         if self._bar is not None:

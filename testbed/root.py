@@ -15,7 +15,8 @@ from testbed.experiment import Experiment
 from testbed.failure import Position
 from testbed.plan import ScenarioPlan
 from testbed.progress import Progress
-from testbed.results.writer import LossRecord, ResultsWriter
+from testbed.results.placed import describe_hosts, describe_sharing
+from testbed.results.writer import LossRecord, RankHeader, ResultsWriter
 from testbed.signals import EXIT_STOPPED, StopSignal
 from testbed.transport.base import ClientState, Lost, Transport, Worker
 
@@ -290,6 +291,14 @@ class Root:
             f"python -m testbed resume {path}"
         )
         return EXIT_STOPPED
+
+    def tell_placement(self, ranks: Sequence[RankHeader], threads: int) -> None:
+        """Tell the user where the ranks are, and what they share."""
+        if len(ranks) > 1:
+            kinds = dict.fromkeys(rank.device.partition(" ")[2] or rank.device for rank in ranks)
+            self.progress.remark(f"{describe_hosts(ranks)}; {', '.join(kinds)}")
+            for line in describe_sharing(ranks, threads):
+                self.progress.remark(line)
 
     def say(self, text: str) -> None:
         """Tell the user something on standard error."""

@@ -251,12 +251,20 @@ class _Run:
         role = "client"
         if transport.is_root:
             role = "server" if transport.size > 1 else "server+client"
-        here = RankHeader(transport.host, placement.description, role, transport.local_rank)
+        here = RankHeader(
+            transport.host,
+            placement.description,
+            role,
+            transport.local_rank,
+            placement.cores,
+            placement.gpu,
+        )
         ranks = transport.gather(here)
         models = None
         if transport.is_root:
             if self._root is None:
                 self._root = self._open(headers, ranks)
+                self._root.tell_placement(ranks, compute.threads)
             models = self._root.saved_models()
         self._pretraining = Pretraining(transport, setups, self._plans, models)
         self._setups = setups

@@ -1,6 +1,7 @@
 """The same bits for any number of ranks, and where each rank was."""
 
 import os
+import socket
 import sys
 
 import h5py
@@ -16,6 +17,8 @@ from launching import (
     write_experiment,
     zipped,
 )
+
+from testbed.results.placed import write_ranges
 
 PROBE = {"rounds": 8, "clients": 1, "fresh_model": True, "batch_size": 8}
 COHORTS = {"rounds": 5, "clients": 3, "fresh_model": True, "batch_size": 4}
@@ -128,6 +131,7 @@ def test_ranks_hosts_and_devices_stand_in_the_file(tmp_path):
     output = tmp_path / "results.h5"
     done = run_testbed("run", experiment, "compute.device=cpu", "-o", output, ranks=3)
     assert done.status == 0, done.err
+    assert f"3 ranks on 1 host: {socket.gethostname()} (3); cpu" in done.err
     assert not (tmp_path / "results.h5.partial").exists()
     with h5py.File(output) as file:
         ranks = file["ranks"]
@@ -135,6 +139,9 @@ def test_ranks_hosts_and_devices_stand_in_the_file(tmp_path):
         assert ranks["device"][:].tolist() == [b"cpu"] * 3
         assert ranks["local_rank"][:].tolist() == [0, 1, 2]
         assert len(set(ranks["host"][:])) == 1
+        here = write_ranges(sorted(os.sched_getaffinity(0))).encode()
+        assert ranks["cores"][:].tolist() == [here] * 3
+        assert ranks["gpu"][:].tolist() == [b""] * 3
         assert "MPI" in file.attrs["mpi_library"]
         timings = file["scenarios/0000/timings"]
         # Clients 0, 1, 2 over two workers, and the same ones in every round.

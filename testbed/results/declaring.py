@@ -45,6 +45,8 @@ def declare(
         "device": np.array([rank.device.encode() for rank in ranks], dtype="S"),
         "role": np.array([rank.role.encode() for rank in ranks], dtype="S"),
         "local_rank": np.array([rank.local_rank for rank in ranks], dtype="<i4"),
+        "cores": np.array([rank.cores.encode() for rank in ranks], dtype="S"),
+        "gpu": np.array([rank.gpu.encode() for rank in ranks], dtype="S"),
     }
     for name, column in columns.items():
         table.create_dataset(name, data=column).dims[0].attach_scale(table["rank"])

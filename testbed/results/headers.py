@@ -46,12 +46,14 @@ class ScenarioHeader:
 
 @dataclass(frozen=True)
 class RankHeader:
-    """Where a rank computes."""
+    """Where a rank computes; see `testbed.results.reader.Rank`."""
 
     host: str
     device: str
     role: str
     local_rank: int
+    cores: str = ""
+    gpu: str = ""
 
 
 def now() -> str:

@@ -46,6 +46,12 @@ class Rank:
         ``cpu`` or ``cuda:N NAME``.
     role
         ``server``, ``client`` or ``server+client``.
+    cores
+        The CPUs of the host that it may run on, as in ``0-3,8``. Empty where that is not known, as
+        before version 1.4.
+    gpu
+        What tells its GPU from all others, whatever numbers the ranks give it. Empty on a CPU, and
+        where that is not known.
     """
 
     rank: int
@@ -53,6 +59,8 @@ class Rank:
     device: str
     role: str
     local_rank: int
+    cores: str = ""
+    gpu: str = ""
 
 
 @dataclass(frozen=True)
@@ -528,6 +536,8 @@ def _root(group: h5py.Group) -> dict[str, Any]:
 def _ranks(group: h5py.Group) -> list[Rank]:
     text = [_column(group, name, "S") for name in ("host", "device", "role")]
     columns = [_column(group, "rank", "i"), *text, _column(group, "local_rank", "i")]
+    # Since version 1.4.
+    columns += [_column(group, name, "S") for name in ("cores", "gpu") if checked.has(group, name)]
     return [Rank(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 

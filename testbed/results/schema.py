@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-FILE_ENCODING = ("testbed-results", "1.3")
+FILE_ENCODING = ("testbed-results", "1.4")
 # Of each dataset, beside its values: header, attributes, index of chunks; measured, rounded up.
 _STRUCTURE_BYTES = 2000
 # Of a position on an axis.

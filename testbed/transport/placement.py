@@ -1,12 +1,14 @@
 """Which device a rank computes on."""
 
 import importlib
+import os
 from dataclasses import dataclass
 
 import threadpoolctl
 import torch
 
 from testbed.errors import UserError
+from testbed.results.placed import write_ranges
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,19 @@ class Placement:
         ``cpu`` or ``cuda:N``.
     description
         The device and its product name, for the results file.
+    cores
+        The CPUs of the host that it may run on, as in ``0-3,8``; empty where the system does not
+        tell.
+    gpu
+        Its GPU's UUID, which all ranks of a host see alike; empty on a CPU.
     """
 
     host: str
     local_rank: int
     device: str
     description: str
+    cores: str
+    gpu: str = ""
 
 
 def place(preference: str, *, host: str, local_rank: int, threads: int) -> Placement:
@@ -64,7 +73,7 @@ def place(preference: str, *, host: str, local_rank: int, threads: int) -> Place
             "set compute.device=auto to compute on the CPU where there is no GPU"
         )
     if preference == "cpu" or not available:
-        return Placement(host, local_rank, "cpu", "cpu")
+        return Placement(host, local_rank, "cpu", "cpu", own_cores())
     index = local_rank % available
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
@@ -73,5 +82,19 @@ def place(preference: str, *, host: str, local_rank: int, threads: int) -> Place
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-    name = torch.cuda.get_device_name(device)
-    return Placement(host, local_rank, str(device), f"{device} {name}")
+    found = torch.cuda.get_device_properties(device)
+    return Placement(
+        host,
+        local_rank,
+        str(device),
+        f"{device} {found.name}",
+        own_cores(),
+        str(getattr(found, "uuid", "")),
+    )
+
+
+def own_cores() -> str:
+    """Return the CPUs that this process may run on, as in ``0-3,8``."""
+    if not hasattr(os, "sched_getaffinity"):  # Linux has it
+        return ""
+    return write_ranges(sorted(os.sched_getaffinity(0)))

@@ -22,6 +22,7 @@ def test_a_complete_file(tmp_path):
         "Open MPI 5.0.6",
         "4711",
         "3 ranks on 2 hosts",
+        "1 client on node1, cuda:0 NVIDIA H200, bound to CPUs 1-3,8",
         "2 client on node22, cuda:0 NVIDIA H200",
         "numpy 2.0",
         "testbed run x.yaml",
@@ -75,6 +76,8 @@ def test_many_ranks_are_counted_by_device(tmp_path, ranks):
         "device": devices,
         "role": [b"client"] * ranks,
         "local_rank": [0] * ranks,
+        "cores": [b""] * ranks,
+        "gpu": [b"GPU-0"] * 2 + [b""] * (ranks - 2),
     }
     for name, column in columns.items():
         del group[name]
@@ -83,6 +86,7 @@ def test_many_ranks_are_counted_by_device(tmp_path, ranks):
     text = show(tmp_path / "run.h5")
     assert f"{ranks} ranks on {-(-ranks // 8)} hosts" in text
     assert f"{ranks - 1} x NVIDIA H200, 1 x cpu" in text
+    assert "ranks 0-1 share a GPU of node0" in text
 
 
 def test_obstacles_are_told_once_for_all_scenarios_that_share_them(tmp_path):

@@ -325,6 +325,8 @@ class Builder:
         scaled(ranks, ranks, "device", ["rank"], devices)
         scaled(ranks, ranks, "role", ["rank"], np.array([b"server", b"client", b"client"]))
         scaled(ranks, ranks, "local_rank", ["rank"], np.array([0, 1, 0], "i4"))
+        scaled(ranks, ranks, "cores", ["rank"], np.array([b"0", b"1-3,8", b""]))
+        scaled(ranks, ranks, "gpu", ["rank"], np.array([b"", b"GPU-1", b"GPU-1"]))
         table(root, "starts", "start", STARTS, starts)
         table(root, "losses", "loss", LOSSES, losses)
         encode(root.create_group("scenarios"), "scenarios")
@@ -415,7 +417,7 @@ def build(
 
 
 def age(path: Path, version: str = "1.0") -> Path:
-    """Turn a file into one of version 1.2, 1.1 or 1.0, which said less."""
+    """Turn a file into one of version 1.3, 1.2, 1.1 or 1.0, which said less."""
     newer: set[str] = set()
     arrays: list[str] = []
     if version in ("1.0", "1.1"):
@@ -426,7 +428,9 @@ def age(path: Path, version: str = "1.0") -> Path:
         newer |= {"answers", "observes", "assumes", "broken_assumptions", "not_applicable"}
         arrays += ["observations/labels"]
     with h5py.File(path, "a") as file:
-        del file["starts"], file["losses"]
+        del file["ranks/cores"], file["ranks/gpu"]
+        if version != "1.3":
+            del file["starts"], file["losses"]
         groups = [file]
         # Anything but None would end the visit.
         file.visititems(
@@ -444,7 +448,7 @@ def age(path: Path, version: str = "1.0") -> Path:
 
 def encode(group: h5py.Group, kind: str) -> h5py.Group:
     group.attrs["encoding-type"] = kind
-    group.attrs["encoding-version"] = "1.3"
+    group.attrs["encoding-version"] = "1.4"
     return group
 
 

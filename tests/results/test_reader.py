@@ -68,6 +68,8 @@ def test_what_a_complete_file_says(path):
         assert results.ranks[1].device == "cuda:0 NVIDIA H200"
         assert [rank.role for rank in results.ranks] == ["server", "client", "client"]
         assert [rank.local_rank for rank in results.ranks] == [0, 1, 0]
+        assert [rank.cores for rank in results.ranks] == ["0", "1-3,8", ""]
+        assert [rank.gpu for rank in results.ranks] == ["", "GPU-1", "GPU-1"]
         first, second = results.scenarios
         assert (first.index, first.rounds, first.clients, first.classes) == (0, 6, 2, 10)
         assert (second.index, second.committed) == (1, 5)
@@ -82,6 +84,12 @@ def test_attacks_come_in_the_order_of_the_experiment(path):
         assert attacks["llg_plus"].title == "LLG+"
         assert attacks["llg_plus"].knowledge == "auxiliary"
         assert attacks["llg_plus"].options == {}
+
+
+def test_a_file_before_version_1_4_does_not_know_cores_and_gpus(tmp_path):
+    with open_results(age(build(tmp_path / "run.h5", [Spec(rounds=1)]), "1.3")) as results:
+        assert [(rank.cores, rank.gpu) for rank in results.ranks] == [("", "")] * 3
+        assert len(results.starts) == 1
 
 
 def test_what_is_new_in_version_1_2_and_what_older_files_stand_for(tmp_path):

@@ -131,7 +131,7 @@ def test_no_array_is_partly_scaled(tmp_path: Path) -> None:
     found = contents(tmp_path / "a.h5")
     arrays = {name: item[2]["scales"] for name, item in found.items() if "scales" in item[2]}
     assert set(arrays) >= {"committed_rounds", "ranks/host", "ranks/local_rank"}
-    assert len(arrays) == 21 + len(HEADER.arrays) + len(SMALL.arrays)
+    assert len(arrays) == 23 + len(HEADER.arrays) + len(SMALL.arrays)
     assert all(len(scales) == 1 for axes in arrays.values() for scales in axes)
     assert arrays["committed_rounds"] == [["/scenario"]]
     assert arrays["ranks/host"] == [["/ranks/rank"]]
