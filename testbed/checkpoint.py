@@ -143,7 +143,9 @@ class Checkpoints:
             return {}
         try:
             return {
-                (str(key), int(steps), int(number)): container.arrays[str(place)]
+                (str(key), int(steps), int(number)): _vector(
+                    f"model {place}", container.arrays[str(place)]
+                )
                 for place, (key, steps, number) in enumerate(container.content["models"])
             }
         except (KeyError, ValueError, TypeError, OverflowError) as error:

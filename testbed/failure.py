@@ -79,9 +79,14 @@ def guarded(transport: Transport, position: Position, body: Callable[[], None]) 
         body()
         transport.part()
     except _Stopped:
+        transport.part(EXIT_USER_ERROR)
         return EXIT_USER_ERROR
     except StopAsked as stop:
-        transport.leave(stop.status)
+        try:
+            transport.leave(stop.status)
+        except KeyboardInterrupt:
+            transport.abort(EXIT_INTERRUPTED)
+            return EXIT_INTERRUPTED
         return stop.status
     except BaseException as error:
         who = f"rank {transport.number} of {transport.started} on {transport.host}{position}"

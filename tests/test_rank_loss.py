@@ -159,6 +159,36 @@ def test_a_lost_rank_ends_the_run_by_default_with_its_name(failing, tmp_path):
 
 
 @pytest.mark.mpi
+@pytest.mark.ulfm
+def test_a_run_that_ends_has_a_status_even_if_one_rank_is_left(failing, tmp_path):
+    """Of the last rank that aborts, mpirun --with-ft ulfm says 0."""
+    line = [sys.executable, "-m", "testbed", "run", str(failing("kill", rank=1)), "-o", "r.h5"]
+    done = finish(under_mpirun(line, 2, "--with-ft", "ulfm"), cwd=tmp_path, timeout=60)
+    assert done.status == 1, done.err
+    assert f"rank 1 on {HOST} died; what is committed is readable" in done.err
+    assert (tmp_path / "r.h5.partial").exists()
+
+
+@pytest.mark.mpi
+@pytest.mark.ulfm
+def test_a_rank_that_dies_before_all_have_started_does_not_keep_the_others_for_ever(
+    failing, tmp_path
+):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "if os.environ.get('OMPI_COMM_WORLD_RANK') == '1':\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    line = [sys.executable, "-m", "testbed", "run", str(failing("none")), "-o", "r.h5"]
+    words = under_mpirun([*line, "--on-rank-loss", "continue"], 3, "--with-ft", "ulfm")
+    env = {**environment(), "PYTHONPATH": str(tmp_path), "TESTBED_START_SECONDS": "10"}
+    done = finish(words, cwd=tmp_path, timeout=90, env=env)
+    assert done.status != 0
+    assert "in wait_for_all_ranks_to_start" in done.err
+    assert list(tmp_path.glob("r.h5*")) == []
+
+
+@pytest.mark.mpi
 def test_without_fault_tolerance_the_option_is_refused_with_the_reason(failing, tmp_path):
     experiment = failing("none")
     line = ("run", experiment, "-o", "r.h5", "--on-rank-loss", "continue")

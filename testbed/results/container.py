@@ -99,16 +99,16 @@ def read_container(path: Path, kind: str) -> Container:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not data.startswith(_MAGIC):
-        raise UserError(f"{path}: this is no {kind} of this testbed, or one of another version")
+        raise UserError(f"{path}: found no {kind} of this testbed, or of another version of it")
     body = memoryview(data)[len(_MAGIC) + _DIGEST :]
     if hashlib.sha256(body).digest() != data[len(_MAGIC) : len(_MAGIC) + _DIGEST]:
-        raise UserError(f"{path}: the {kind} is truncated or damaged: its checksum is wrong")
+        raise UserError(f"{path}: truncated or damaged ({kind}): the checksum is wrong")
     try:
         container = _parse(data)
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: this {kind} makes no sense: {error}") from None
+        raise UserError(f"{path}: the content makes no sense ({kind}): {error}") from None
     if container.kind != kind:
-        raise UserError(f"{path}: found a {container.kind!r}, expected a {kind!r}")
+        raise UserError(f"{path}: found {container.kind!r}, expected {kind!r}")
     return container
 
 

@@ -24,12 +24,15 @@ def locate(path: Path) -> Path:
     raise UserError(f"{path}: no such file, nor {partial.name}")
 
 
-def open_file(path: Path) -> h5py.File:
-    """Open an HDF5 file for reading, by SWMR where a writer has it open or died while it had."""
+def open_file(path: Path, locking: bool | None = None) -> h5py.File:
+    """Open an HDF5 file for reading, by SWMR where a writer has it open or died while it had.
+
+    HDF5 locks it meanwhile as its settings say, or as ``locking`` does.
+    """
     _check(path)
     for attempt in range(_ATTEMPTS):
         try:
-            return h5py.File(path, "r")
+            return h5py.File(path, "r", locking=locking)
         except OSError as error:
             if "already open for write" in str(error):
                 break
@@ -38,7 +41,7 @@ def open_file(path: Path) -> h5py.File:
                 raise _cannot_open(path, error) from None
             time.sleep(_PAUSE_SECONDS)
     try:
-        return h5py.File(path, "r", swmr=True)
+        return h5py.File(path, "r", swmr=True, locking=locking)
     except OSError as error:
         raise _cannot_open(path, error) from None
 
@@ -51,9 +54,14 @@ def _check(path: Path) -> None:
     except ValueError as error:
         if "signature" in str(error):
             raise _cannot_open(path, OSError(str(error))) from None
-        raise UserError(
-            f"{path}: the file is truncated or damaged ({error}): copy it again"
-        ) from None
+        raise _damaged(path, str(error)) from None
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path}: the file is truncated or damaged ({reason}): copy it again, or, where a run was "
+        "writing it, begin again with `run --overwrite`"
+    )
 
 
 def _cannot_open(path: Path, error: OSError) -> UserError:
@@ -73,5 +81,5 @@ def _cannot_open(path: Path, error: OSError) -> UserError:
             f"run writes it, clear its flags with: h5clear -s {path}"
         )
     if "truncated" in reason or "checksum" in reason:
-        return UserError(f"{path}: the file is truncated or damaged ({reason}): copy it again")
+        return _damaged(path, reason)
     return UserError(f"{path}: HDF5 cannot open the file: {reason}")

@@ -4,11 +4,16 @@ import errno
 import fcntl
 import os
 import re
+import struct
 from pathlib import Path
 from typing import IO
 
 from testbed.errors import UserError
 from testbed.results.opening import PARTIAL
+
+# The command that locks an open file, and its argument: struct flock with 64-bit offsets.
+_OWNED: int | None = getattr(fcntl, "F_OFD_SETLK", None)
+_WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 def partial_path(path: Path) -> Path:
@@ -19,6 +24,11 @@ def partial_path(path: Path) -> Path:
 def unborn_path(path: Path) -> Path:
     """Return the name that a results file has before it can be read."""
     return path.with_name(path.name + ".creating")
+
+
+def compact_path(path: Path) -> Path:
+    """Return the name of a copy without unused space, which takes the results file's place."""
+    return path.with_name(path.name + ".compact")
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -63,21 +73,45 @@ def open_to_write(partial: Path) -> IO[bytes]:
 
 def being_written(partial: Path) -> UserError:
     """Return the error of a file that another process is writing."""
-    return UserError(f"{partial}: a run is writing this file: choose another name")
+    return UserError(
+        f"{partial}: a run is writing this file: wait until it is done, or choose another name"
+    )
 
 
 def hold(descriptor: int) -> bool:
-    """Lock a file for this process until it is closed; return whether no other one holds it.
+    """Lock an open file until it is closed; return whether nobody else holds it.
 
-    A POSIX lock, which also works between the nodes of a cluster, and does not meet the locks of
-    HDF5 itself, which are of the other kind. The lock is lost when this process closes any other
-    descriptor of the file.
+    A record lock, which also works between the nodes of a cluster, and does not meet the locks of
+    HDF5 itself, which are of the other kind. Of the open file where the system has such locks
+    (Linux): the older ones, of the process, are lost when it closes any other descriptor of the
+    file, as HDF5 does.
     """
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _OWNED is None:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            fcntl.fcntl(descriptor, _OWNED, _WHOLE_FILE)
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True
+
+
+def claim(path: Path) -> IO[bytes]:
+    """Open a file that this process is to write, locked; created where there is none.
+
+    Raises
+    ------
+    UserError
+        Another process has it.
+    """
+    while True:
+        lock = path.open("ab")
+        if not hold(lock.fileno()):
+            lock.close()
+            raise being_written(path)
+        if has_name(lock.fileno(), path):
+            return lock
+        lock.close()
 
 
 def has_name(descriptor: int, path: Path) -> bool:

@@ -17,6 +17,7 @@ from testbed.errors import UserError
 from testbed.results.chunks import copy_chunks, datasets
 from testbed.results.declaring import scenario_name
 from testbed.results.events import TABLES
+from testbed.results.filesystem import has_write_order
 from testbed.results.opening import open_file
 from testbed.results.output import (
     being_written,
@@ -25,6 +26,7 @@ from testbed.results.output import (
     hold,
     open_to_write,
     partial_path,
+    reason,
 )
 from testbed.results.reader import Results
 from testbed.results.schema import FILE_ENCODING
@@ -60,7 +62,9 @@ def unfinished(path: Path) -> Iterator[h5py.File]:
         # Another process may have gone on with it just now: then its copy has the name.
         if not hold(lock.fileno()) or not has_name(lock.fileno(), partial):
             raise being_written(partial)
-        with open_file(partial) as file:
+        # Over a network HDF5's own lock may be of the same kind, and meet this one.
+        locking = None if has_write_order(partial.parent) else False
+        with open_file(partial, locking) as file:
             Results(file, partial)  # raises where the file is damaged
             found, expected = file.attrs["encoding-version"], FILE_ENCODING[1]
             if found != expected:
@@ -87,7 +91,13 @@ def take_over(old: h5py.File, new: h5py.File) -> list[int]:
     UserError
         The two were not declared for the same run.
     """
-    difference = _difference(old, new)
+    try:
+        difference = _difference(old, new)
+    except (OSError, RuntimeError, KeyError) as error:  # as HDF5 says that metadata are damaged
+        raise UserError(
+            f"{old.filename}: the file is damaged ({reason(error)}): begin again with "
+            "`run --overwrite`"
+        ) from None
     if difference:
         raise UserError(
             f"{old.filename}: this is the file of another run: {difference}; resume it with the "

@@ -17,7 +17,14 @@ import h5py
 
 from testbed.errors import UserError
 from testbed.results.filesystem import has_write_order
-from testbed.results.output import has_name, hold, partial_path, reason, unborn_path
+from testbed.results.output import (
+    claim,
+    compact_path,
+    has_name,
+    partial_path,
+    reason,
+    unborn_path,
+)
 from testbed.results.room import release, reserve
 from testbed.results.schema import PAGE_BYTES
 
@@ -109,14 +116,18 @@ class CopyingStorage:
     ----------
     working
         An HDF5 file that is closed. It is removed in the end.
+    lock
+        On the working file.
     path
         Name that the results file will have when it is complete.
     check
         Called before the first copy takes its name.
     """
 
-    def __init__(self, working: Path, path: Path, check: Callable[[], None]) -> None:
-        self._working, self._path = working, path
+    def __init__(
+        self, working: Path, lock: IO[bytes], path: Path, check: Callable[[], None]
+    ) -> None:
+        self._working, self._path, self._working_lock = working, path, lock
         self.pause = 0.0
         self._abandoned = False
         self._lock = self._publish(check)
@@ -156,6 +167,7 @@ class CopyingStorage:
         finally:
             self._lock.close()
             self._working.unlink(missing_ok=True)
+            self._working_lock.close()
 
     def _open(self) -> h5py.File:
         # No other process knows the file, and such file systems may have no locks.
@@ -163,12 +175,15 @@ class CopyingStorage:
 
     def _publish(self, check: Callable[[], None] | None = None) -> IO[bytes]:
         unborn = unborn_path(self._path)
+        lock = claim(unborn)
         try:
             shutil.copyfile(self._working, unborn)
-            return _take(unborn, self._path, check)
+            _take(lock, self._path, check)
         except BaseException:
             unborn.unlink(missing_ok=True)
+            lock.close()
             raise
+        return lock
 
 
 def begin(
@@ -206,9 +221,10 @@ def begin(
         mode = "flush"
     unborn, working = unborn_path(path), path.with_name(path.name + ".working")
     file = None
+    lock = _claim(unborn)
     try:
-        for left in (unborn, working):
-            left.unlink(missing_ok=True)
+        for left in (working, compact_path(path)):
+            _discard(left)
         room = SLACK + (copy[1] if copy else 0)
         file = create(unborn, fill, room, locking=None if mode != "flush" else False)
         if copy:
@@ -224,14 +240,16 @@ def begin(
         if mode == "flush":
             file.close()
             unborn.replace(working)
-            return CopyingStorage(working, path, check)
-        lock = _take(unborn, path, check)
+            return CopyingStorage(working, lock, path, check)
+        _take(lock, path, check)
     except BaseException as error:
         if file:
             abandon(file)
         for left in (unborn, working):
             with contextlib.suppress(OSError):
-                left.unlink(missing_ok=True)
+                if has_name(lock.fileno(), left):
+                    left.unlink()
+        lock.close()
         if isinstance(error, FAILURES):
             needs = f"; it may need {copy[1] / 1e6:.1f} MB beside the old one" if copy else ""
             raise UserError(
@@ -281,16 +299,23 @@ def abandon(file: h5py.File) -> None:
         os.close(nowhere)
 
 
-def _take(unborn: Path, path: Path, check: Callable[[], None] | None = None) -> IO[bytes]:
-    """Lock a file, get it onto the disk, and give it the name that readers look for."""
-    lock = unborn.open("r+b")
+def _claim(path: Path) -> IO[bytes]:
     try:
-        hold(lock.fileno())
-        os.fsync(lock.fileno())
-        if check is not None:
-            check()
-        unborn.replace(partial_path(path))
-    except BaseException:
-        lock.close()
-        raise
-    return lock
+        return claim(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot create the results file: {reason(error)}") from None
+
+
+def _discard(path: Path) -> None:
+    """Remove what a dead writer may have left, but nothing that another one is writing."""
+    if path.exists():
+        with claim(path):
+            path.unlink()
+
+
+def _take(lock: IO[bytes], path: Path, check: Callable[[], None] | None = None) -> None:
+    """Get a locked file onto the disk, and give it the name that readers look for."""
+    os.fsync(lock.fileno())
+    if check is not None:
+        check()
+    unborn_path(path).replace(partial_path(path))

@@ -8,6 +8,7 @@ counts is there.
 import contextlib
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from testbed.results.chunks import copy_all, datasets
 from testbed.results.declaring import declare, scenario_name
 from testbed.results.events import add_row, loss_row, start_row
 from testbed.results.headers import AttackHeader, LossRecord, RankHeader, ScenarioHeader
-from testbed.results.output import check_output, partial_path, reason
+from testbed.results.output import check_output, compact_path, partial_path, reason
 from testbed.results.resuming import copy_rounds, take_over, unfinished
 from testbed.results.room import reserve
 from testbed.results.schema import PAGE_BYTES, chunk_shape
@@ -293,6 +294,9 @@ class ResultsWriter:
             # One after the other: there is never an unfinished file beside the complete one.
             if compact is not None:
                 compact.replace(partial_)
+            # What the run could go on from is removed next.
+            with partial_.open("rb") as whole:
+                os.fsync(whole.fileno())
             partial_.replace(self.path)
 
     def close(self) -> None:
@@ -309,7 +313,7 @@ class ResultsWriter:
 
     def _compact(self, size: int) -> Path | None:
         """Return a copy without unused space, or None where there is no room for one."""
-        compact = self.path.with_name(self.path.name + ".compact")
+        compact = compact_path(self.path)
         target = None
         try:
             fill = partial(

@@ -276,5 +276,5 @@ class Transport(ABC):
         """Wait until the root is done."""
 
     @abstractmethod
-    def part(self) -> None:
-        """End this process with status 0 if MPI, after a loss, cannot end as it should."""
+    def part(self, status: int = 0) -> None:
+        """End this process if MPI, which may have lost ranks, could not end as it should."""

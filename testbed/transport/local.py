@@ -113,7 +113,7 @@ class LocalTransport(Transport):
         pass
 
     @override
-    def part(self) -> None:
+    def part(self, status: int = 0) -> None:
         pass
 
 

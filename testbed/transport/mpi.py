@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -37,8 +38,17 @@ from testbed.transport.base import (
     Transport,
     Worker,
 )
-from testbed.transport.control import Control, Word, gate, gather_objects, noticing, spread_object
+from testbed.transport.control import (
+    Control,
+    Word,
+    farewell,
+    gate,
+    gather_objects,
+    noticing,
+    spread_object,
+)
 from testbed.transport.downlink import MODEL, UPDATE, WANTED, MPIDownlink, check_size, reduce, sent
+from testbed.transport.environment import is_tolerant
 from testbed.transport.local import LocalTransport
 from testbed.transport.states import receive_states, send_states
 from testbed.update import Message, UpdateLayout
@@ -48,8 +58,6 @@ T = TypeVar("T")
 _STATE = 3
 # For the others to come to the end of a run that was stopped, in seconds.
 _FAREWELL = 10
-# Set by mpirun --with-ft ulfm.
-_FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
 
 
 class _Channels:
@@ -102,7 +110,16 @@ class MPITransport(Transport):
 
     @override
     def abort(self, status: int) -> None:
+        if self._tolerant and self._is_last():
+            # Of the last rank that aborts, a tolerant mpirun says 0.
+            self._end(status)
         MPI.COMM_WORLD.Abort(status)
+
+    def _is_last(self) -> bool:
+        base = self._channels.base
+        with contextlib.suppress(MPI.Exception):
+            return bool(base.size - base.Get_failed().size <= 1)
+        return False
 
     @override
     def stop(self, status: int) -> NoReturn:
@@ -112,17 +129,21 @@ class MPITransport(Transport):
     @override
     def leave(self, status: int) -> None:
         # What is under way between the ranks will never be finished, as MPI_Finalize would want.
-        with contextlib.suppress(RanksLost, MPI.Exception):
-            gate(self._channels.control, self._control, limit=_FAREWELL)
+        with contextlib.suppress(StopAsked, RanksLost, MPI.Exception):
+            farewell(self._channels.control, self._control, _FAREWELL)
+        self._end(status)
+
+    @override
+    def part(self, status: int = 0) -> None:
+        # MPI_Finalize would wait for the dead, now and then; also for who dies in these moments.
+        if self._tolerant:
+            self.leave(status)
+
+    @staticmethod
+    def _end(status: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-    @override
-    def part(self) -> None:
-        # MPI_Finalize would wait for the dead, now and then; also for who dies in these moments.
-        if self._tolerant:
-            self.leave(0)
 
     @override
     def broadcast(self, value: T) -> T:
@@ -206,7 +227,12 @@ class MPITransport(Transport):
             os.ftruncate(descriptor, max(size, 1))
         place = spread_object(node, self._control, f"/proc/{os.getpid()}/fd/{descriptor}")
         if not leads:
-            descriptor = os.open(place, os.O_RDWR)
+            try:
+                descriptor = os.open(place, os.O_RDWR)
+            except FileNotFoundError:
+                if Path(place).parents[1].exists():
+                    raise
+                raise RanksLost("the first rank of this host has died") from None
         memory = mmap.mmap(descriptor, max(size, 1))
         gate(node, self._control)
         os.close(descriptor)
@@ -319,7 +345,7 @@ class MPITransport(Transport):
                 f"{self.library} ends all ranks when one dies: it takes Open MPI 5, started as "
                 "mpirun --with-ft ulfm"
             )
-        if os.environ.get(_FAULT_TOLERANCE, "0").lower() not in ("1", "true", "yes"):
+        if not is_tolerant(os.environ):
             return (
                 "without fault tolerance mpirun ends all ranks when one dies: start the run by "
                 "mpirun --with-ft ulfm"
@@ -329,7 +355,7 @@ class MPITransport(Transport):
     @override
     def recover(self, lost: RanksLost) -> tuple[Transport, list[Lost]]:
         self._channels.revoke()
-        victims = self._order_kills(lost.stuck) if self.is_root else self._hear_of_loss()
+        victims = self._order_kills(lost) if self.is_root else self._hear_of_loss()
         for process in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -354,8 +380,9 @@ class MPITransport(Transport):
             return self, gone
         return _Alone(self), gone
 
-    def _order_kills(self, stuck: Sequence[int]) -> list[int]:
+    def _order_kills(self, lost: RanksLost) -> list[int]:
         """Tell every rank that answers which processes it has to kill; return the root's own."""
+        stuck = lost.stuck
         orders: dict[int, list[int]] = {}
         for rank in stuck:
             host, process = self._places[rank]
@@ -365,10 +392,7 @@ class MPITransport(Transport):
                 if place[0] == host and other not in stuck
             ]
             if not neighbours:
-                raise RuntimeError(
-                    f"rank {self._numbers[rank]} on {host} does not answer, and no other rank is "
-                    "there to kill it"
-                )
+                raise RanksLost(f"{lost}, and {host} has no other rank to kill it", stuck)
             orders.setdefault(neighbours[0], []).append(process)
         for rank in range(1, self.size):
             if rank not in stuck:
@@ -412,9 +436,7 @@ class MPITransport(Transport):
         if not ranks:
             return str(lost)
         names = ", ".join(f"rank {self._numbers[r]} on {self._places[r][0]}" for r in ranks)
-        return f"{names} " + (
-            f"gave no answer within {self.deadline:g} s" if lost.stuck else "died"
-        )
+        return f"{names} " + (f"gave {lost}" if lost.stuck else "died")
 
     @override
     def finish(self) -> None:
@@ -449,5 +471,5 @@ class _Alone(LocalTransport):
         self._before.leave(status)
 
     @override
-    def part(self) -> None:
-        self._before.part()
+    def part(self, status: int = 0) -> None:
+        self._before.part(status)

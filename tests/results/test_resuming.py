@@ -370,3 +370,55 @@ def test_who_comes_second_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert isinstance(first, ResultsWriter)
     finish(first)
     assert but_starts(path) == undisturbed(tmp_path / "plain.h5")
+
+
+# Says whether another process may lock a file.
+ANOTHER = """
+import fcntl, sys
+file = open(sys.argv[1], "r+b")
+try:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    print("locked")
+"""
+
+
+def another(path: Path) -> str:
+    words = [sys.executable, "-c", ANOTHER, str(path)]
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def test_the_lock_outlasts_everything_that_is_read_of_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    killed(path)
+    with resuming.unfinished(path):
+        assert another(partial_path(path)) == "locked\n"
+    assert another(partial_path(path)) == ""
+
+
+@pytest.mark.parametrize("suffix", [".creating", ".working"])
+def test_a_file_that_another_process_is_creating_is_not_taken_from_it(
+    tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / "a.h5"
+    other = path.with_name(path.name + suffix)
+    holder = ANOTHER + "print('ready', flush=True); sys.stdin.readline()"
+    other.write_bytes(b"of another process")
+    line = [sys.executable, "-c", holder, str(other)]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+        with pytest.raises(UserError, match="a run is writing this file"):
+            make(path)
+        assert other.read_bytes() == b"of another process"
+        run.communicate("end\n", timeout=60)
+    make(path).close()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.h5.partial"]
+
+
+def test_what_a_writer_left_that_died_while_compacting_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    killed(path)
+    path.with_name("a.h5.compact").write_bytes(b"half of a file")
+    finish(resume(path, attributes=TOLD))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.h5"]
