@@ -1,0 +1,62 @@
+"""The command line: ``python -m launch local | slurm | doctor``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.local import add_local
+from launch.slurm import add_slurm
+from testbed.errors import UserError
+
+_EPILOG = """\
+examples:
+  python -m launch local -n 4 launch/experiments/mnist_batch_size.yaml data.root=DIR
+  python -m launch slurm launch/experiments/mnist_batch_size.yaml data.root=DIR \\
+      --nodes 4 --ntasks-per-node 4 --gpus-per-node 4 --time 8:00:00 --follow
+  python -m launch doctor
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 1 for a failure, 2 for wrong input."""
+    parser = argparse.ArgumentParser(
+        prog="launch",
+        description="Start runs of the testbed, and look at what is there to start them with. "
+        "What is started is printed first.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_local(commands)
+    add_slurm(commands)
+    doctor = commands.add_parser(
+        "doctor", help="what is here: MPI, ULFM, Slurm, GPUs, HDF5, locks; and what is missing"
+    )
+    doctor.add_argument(
+        "folder", nargs="?", type=Path, default=Path(), help="where results would go (default: .)"
+    )
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(command=_doctor)
+    # Overrides may stand before and after options, which argparse alone does not allow.
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or "overrides" not in options for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    try:
+        status: int = options.command(options)
+        return status
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from launch.doctor import doctor
+
+    return doctor(options.folder, json=options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

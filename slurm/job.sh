@@ -1,0 +1,137 @@
+# Sourced by run.sbatch and sweep.sbatch: starts a run in a Slurm job, lets it save itself before the
+# time is up, and puts the job into the queue again.
+# shellcheck shell=bash
+
+# What the program says of a run that was stopped in good order and wants to be resumed.
+EXIT_STOPPED=75
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+say() { echo "$(date +%T) job $SLURM_JOB_ID: $*" >&2; }
+
+# split ARGUMENT...: the experiment's file, --output, and what goes to `testbed run` as it is.
+split() {
+  experiment=''
+  output=''
+  rest=()
+  while [ $# -gt 0 ]; do
+    case $1 in
+      -o | --output)
+        [ $# -gt 1 ] || fail "$1 wants a file name"
+        output=$2
+        shift
+        ;;
+      --output=*) output=${1#*=} ;;
+      # Options of `testbed run` with a value of their own.
+      --profile | --progress | --on-rank-loss | --deadline)
+        [ $# -gt 1 ] || fail "$1 wants a value"
+        rest+=("$1" "$2")
+        shift
+        ;;
+      -* | *=*) rest+=("$1") ;;
+      *)
+        [ -z "$experiment" ] || fail "found $1 behind $experiment, expected key=value or an option"
+        experiment=$1
+        ;;
+    esac
+    shift
+  done
+  [ -n "$experiment" ] || fail "which experiment? sbatch slurm/SCRIPT FILE.yaml [key=value ...] [-o FILE.h5]"
+  [ -f "$experiment" ] || fail "$experiment: no such file, seen from $PWD on $(hostname -s)"
+  if [ -z "$output" ]; then
+    output=$(basename "$experiment")
+    output=$TESTBED_RESULTS/${output%.*}.h5
+  fi
+}
+
+# The line that starts one process per task of the job, without the program.
+launcher() {
+  local with=$TESTBED_LAUNCHER
+  if [ -z "$with" ]; then
+    with=mpirun
+    ! srun --mpi=list 2>&1 | grep -qw pmix || with=srun
+  fi
+  read -ra extra <<<"$TESTBED_SRUN_ARGUMENTS"
+  case $with in
+    srun)
+      srun --mpi=list 2>&1 | grep -qw pmix ||
+        fail "srun has no PMIx plugin ($(srun --mpi=list 2>&1 | tr '\n\t' '  ')): set TESTBED_LAUNCHER=mpirun"
+      start=(srun --mpi=pmix)
+      # From Slurm 22.05 on srun does not take it from the job.
+      [ -z "${SLURM_CPUS_PER_TASK:-}" ] || start+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
+      ;;
+    mpirun)
+      command -v mpirun >/dev/null || fail "there is no mpirun here: load the site's MPI in slurm/env.sh"
+      read -ra extra <<<"$TESTBED_MPIRUN_ARGUMENTS"
+      start=("$TESTBED_ROOT/launch/mpirun")
+      if mpirun --version | grep -q 'Open MPI'; then
+        # As many CPUs for each rank as the job has, and where Slurm gave its processes no CPUs of
+        # their own, Open MPI shall not give them one.
+        start+=(--map-by "slot:PE=${SLURM_CPUS_PER_TASK:-1}")
+        [ "$(id -u)" != 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+      fi
+      ;;
+    *) fail "TESTBED_LAUNCHER=$with: expected srun or mpirun" ;;
+  esac
+  start+=("${extra[@]}")
+}
+
+# may_go_on STATUS: whether the run has ended only because somebody asked it to, in which case it
+# said so itself, or was ended with the others when one rank had left.
+may_go_on() {
+  [ -n "$asked" ] && [ "$1" != 0 ] && [ "$1" != 1 ] && [ "$1" != 2 ]
+}
+
+# Whether Slurm has the job for running still. It has not after scancel, nor where Slurm itself puts
+# a preempted job back into the queue.
+is_running() {
+  [ "$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')" = RUNNING ]
+}
+
+requeue() {
+  local before=${SLURM_RESTART_COUNT:-0}
+  if [ "$before" -ge "$TESTBED_MAX_REQUEUES" ]; then
+    say "not queued again: it was $before times (TESTBED_MAX_REQUEUES); the same sbatch line goes on"
+    exit $EXIT_STOPPED
+  fi
+  say "into the queue again, for the $((before + 1)). time of $TESTBED_MAX_REQUEUES at most"
+  scontrol requeue "$SLURM_JOB_ID" || fail "Slurm does not queue this job again: the same sbatch line goes on"
+  # Slurm ends this script.
+  sleep 60
+}
+
+# run_in_tasks ARGUMENT...: the testbed in all tasks of the job.
+run_in_tasks() {
+  local status
+  asked=''
+  launcher
+  trap 'asked=warning; kill -USR1 "$child" 2>/dev/null' USR1 USR2
+  # Slurm tells the ranks as well: of a preemption, or of scancel.
+  trap 'asked=end; kill -USR1 "$child" 2>/dev/null' TERM
+  say "${start[*]} python -m testbed $*"
+  "${start[@]}" python -m testbed "$@" &
+  child=$!
+  # A signal ends wait, not the run.
+  while :; do
+    wait "$child"
+    status=$?
+    kill -0 "$child" 2>/dev/null || break
+  done
+  trap - USR1 USR2 TERM
+  if may_go_on "$status" && is_running; then
+    requeue
+  fi
+  return "$status"
+}
+
+cd "$SLURM_SUBMIT_DIR" || exit
+# shellcheck source=env.sh
+source "$TESTBED_ROOT/slurm/env.sh"
+if [ -d "$TESTBED_VENV/bin" ]; then
+  PATH=$TESTBED_VENV/bin:$PATH
+fi
+python -c 'import testbed' 2>/dev/null ||
+  fail "no Python with the testbed on $(hostname -s): install it on a login node (launch/quickstart does), or set TESTBED_VENV in slurm/env.sh"
