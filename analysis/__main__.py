@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.commands import COMMANDS, add_parsers, write_out
+from analysis.commands import COMMANDS, FILES, add_parsers, write_out
 from testbed.errors import UserError
 
 _STYLES = ("text", "csv", "markdown", "latex")
@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "figures": _figures,
             **COMMANDS,
         }
+        if "files" in arguments:
+            from analysis.files import expand_files
+
+            arguments.files = expand_files(arguments.files)
         commands[arguments.command](arguments)
         sys.stdout.flush()
     except UserError as error:
@@ -52,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="analysis",
         description="Analyse results files offline: complete ones, ones that are still being "
         "written, and ones left behind by a run that was killed (NAME stands for NAME.partial "
-        "too).",
+        "too). The shares of an experiment (--share i/n, as of a job array) are read as one run.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -125,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
             "--attacks", type=_labels, default=[], metavar="A,B,...", help="these attacks alone"
         )
     for command in (show, table, compare, tradeoff, figures):
-        command.add_argument("files", nargs="+", metavar="FILE", help="results file")
+        command.add_argument("files", nargs="+", metavar="FILE", help=FILES)
     add_parsers(commands)
     return parser
 
@@ -138,9 +142,9 @@ def _labels(text: str) -> list[str]:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from analysis.show import show
+    from analysis.show_shares import show_all
 
-    write_out("\n".join(show(file) for file in arguments.files), None, "description")
+    write_out("\n".join(show_all(arguments.files)), None, "description")
 
 
 def _table(arguments: argparse.Namespace) -> None:
@@ -152,7 +156,7 @@ def _table(arguments: argparse.Namespace) -> None:
     text = render(
         frame, arguments.format, arguments.metric, arguments.rows, per_seed=arguments.per_seed
     )
-    _note_incomplete(arguments.files)
+    _note_incomplete(arguments.files, shares=_is_elsewhere(arguments))
     write_out(text, arguments.output, "table")
 
 
@@ -167,7 +171,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         arguments.metric,
         arguments.against,
     )
-    _note_incomplete(arguments.files)
+    _note_incomplete(arguments.files, shares=_is_elsewhere(arguments))
     write_out(text, arguments.output, "table")
 
 
@@ -183,7 +187,7 @@ def _tradeoff(arguments: argparse.Namespace) -> None:
         print(save_tradeoff(frame, output, *options))
     else:
         write_out(render_tradeoff(frame, arguments.format, *options), output, "table")
-    _note_incomplete(arguments.files)
+    _note_incomplete(arguments.files, shares=_is_elsewhere(arguments))
 
 
 def _figures(arguments: argparse.Namespace) -> None:
@@ -191,21 +195,35 @@ def _figures(arguments: argparse.Namespace) -> None:
 
     for path in figures(arguments.files, arguments.output, arguments.format, arguments.attacks):
         print(path)
-    _note_incomplete(arguments.files)
+    _note_incomplete(arguments.files, shares=_is_elsewhere(arguments))
 
 
-def _note_incomplete(files: Sequence[str]) -> None:
-    """Say on standard error what tables do not show: rounds that lack, sums that were clipped."""
+def _is_elsewhere(arguments: argparse.Namespace) -> bool:
+    """Return whether the notes of a table or a figure are not on the screen."""
+    return arguments.format == "csv" or arguments.output is not None
+
+
+def _note_incomplete(files: Sequence[str], *, shares: bool) -> None:
+    """Say on standard error what tables do not show: rounds that lack, sums that were clipped.
+
+    Which shares are missing stands under tables, where a user sees these.
+    """
+    from analysis.share_notes import share_notes
+    from analysis.shares import share_file, share_sets
     from analysis.show import clipped_entries, progress
     from testbed.results.reader import open_results
 
+    found, notes = [], []
     for file in files:
         with open_results(file) as results:
-            if not results.complete:
-                print(f"note: {results.path}: {progress(results)}", file=sys.stderr)
+            found.append(share_file(file, results))
+            if not results.complete and found[-1].count == 1:
+                notes.append(f"{results.path}: {progress(results)}")
             clipped = clipped_entries(results)
             if clipped:
-                print(f"note: {results.path}: {clipped}", file=sys.stderr)
+                notes.append(f"{results.path}: {clipped}")
+    for note in [*(share_notes(share_sets(found)) if shares else ()), *notes]:
+        print(f"note: {note}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from testbed.errors import UserError, printable
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+FILES = "results file, a folder of them, or a pattern in quotes: 'NAME_*of16.h5'"
 _FORMATS = ("text", "csv", "json")
 _ARRAY = "FILE.npy"
 _KNOWN = {
@@ -41,8 +42,8 @@ class Choice:
             key, equals, text = option.partition("=")
             if not equals or not key:
                 raise UserError(
-                    f"attack {self.name!r}: found {option!r}, expected KEY=VALUE (the results "
-                    "file stands before the first --attack)"
+                    f"attack {self.name!r}: found {option!r}, expected KEY=VALUE (results "
+                    "files stand before the first --attack)"
                 )
             if key in content:
                 raise UserError(f"attack {self.name!r}: {key!r} stands there twice")
@@ -56,9 +57,10 @@ def add_parsers(commands: "Subparsers") -> None:
         "replay",
         help="run attacks again on the stored observations",
         description="Run attacks again on the observations of a results file, without torch and "
-        "MPI, and write their answers beside the stored ones into a new results file.",
+        "MPI, and write their answers beside the stored ones into a new results file; of several "
+        "shares of an experiment into one for each share.",
     )
-    replay.add_argument("file", metavar="FILE", help="results file")
+    replay.add_argument("files", nargs="+", metavar="FILE", help=FILES)
     _add_attacks(replay, required=True, about="attack to run, with its options; may be repeated")
     replay.add_argument(
         "--calibration",
@@ -69,7 +71,12 @@ def add_parsers(commands: "Subparsers") -> None:
     )
     replay.add_argument("--only", action="store_true", help="leave the stored attacks out")
     replay.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", required=True, help="results file to write"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="results file to write; of several shares NAME.h5 stands for NAME_0of16.h5 and so on",
     )
     replay.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
@@ -152,22 +159,23 @@ class _Detail(argparse.Action):
 
 
 def _replay(arguments: argparse.Namespace) -> None:
-    from analysis.replay import replay
+    from analysis.replay_shares import replay_shares
     from analysis.show import progress
     from testbed.results.reader import open_results
 
     contents = [choice.content() for choice in arguments.attacks]
-    path = replay(
-        arguments.file,
+    replayed = replay_shares(
+        arguments.files,
         arguments.output,
         contents,
         only=arguments.only,
         overwrite=arguments.overwrite,
     )
-    print(path)
-    with open_results(path) as results:
-        if not results.complete:
-            print(f"note: {arguments.file} lacks rounds: {progress(results)}", file=sys.stderr)
+    for file, path in replayed:
+        print(path, flush=True)
+        with open_results(path) as results:
+            if not results.complete:
+                print(f"note: {file} lacks rounds: {progress(results)}", file=sys.stderr)
 
 
 def _attack(arguments: argparse.Namespace) -> None:

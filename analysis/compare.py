@@ -12,6 +12,7 @@ from analysis.load import attack_names, parameter_columns, varying_columns
 from analysis.notes import TITLES, UPDATE, parameters, plain
 from analysis.scenarios import choose_attacks, merge_seeds
 from analysis.score import ACCUMULATED, baseline_columns
+from analysis.share_notes import share_notes
 from analysis.shares import join_shares
 from analysis.table import LEVEL, STYLES
 from testbed.errors import UserError, suggest
@@ -134,6 +135,7 @@ def render_comparison(
         "and the difference update by update; ± is the larger side of the "
         f"{LEVEL * 100:g} % interval over rounds",
         "the best other is chosen by its mean on the same updates, which flatters it",
+        *share_notes(frame.attrs.get("sets", ())),
     ]
     return RENDERERS[style]([Page(head=[list(columns)], body=body)], notes)
 

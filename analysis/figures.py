@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.load import DEFENSES, STANDARD, load_attacked
+from analysis.open_set import OpenSet
 from analysis.scenarios import choose_attacks, merge_seeds
+from analysis.shares import ShareSet, join_shares
 from testbed.defenses.described import NONE
 from testbed.errors import UserError
 
@@ -49,7 +51,6 @@ KEYS = {
 # With more attacks, curves and bars are unreadable.
 _MOST_CURVES = 8
 _GLUE = "\N{NO-BREAK SPACE}"
-_SUFFIXES = (".partial", ".h5", ".hdf5")
 
 
 def figures(
@@ -58,12 +59,13 @@ def figures(
     format: str = "png",  # noqa: A002
     attacks: Sequence[str] = (),
 ) -> list[Path]:
-    """Draw each file's figures; scenarios that differ in the seed alone are averaged.
+    """Draw the figures of each run; scenarios that differ in the seed alone are averaged.
 
     Parameters
     ----------
     results_paths
-        Results files, complete or not. Those without a round that was attacked are left out.
+        Results files, complete or not; shares of an experiment are one run. Runs without a round
+        that was attacked are left out.
     out_dir
         Folder; it is created.
     format
@@ -75,11 +77,12 @@ def figures(
     Returns
     -------
     list[Path]
-        For each file ``NAME-success``; ``NAME-presence``, the same of `presence_f1`, where an
-        attack answers with presence alone; ``NAME-stages`` and the like where one of `KEYS` was
-        swept; ``NAME-defenses``, all attacks against all defences, where these were swept and
-        ``NAME-success`` is not that already; ``NAME-rounds``, where rounds are those of a training;
-        and ``NAME-occurrences``. More is appended where one picture is not enough.
+        For each run ``NAME-success``, with what its files' names have in common as ``NAME``;
+        ``NAME-presence``, the same of `presence_f1`, where an attack answers with presence alone;
+        ``NAME-stages`` and the like where one of `KEYS` was swept; ``NAME-defenses``, all attacks
+        against all defences, where these were swept and ``NAME-success`` is not that already;
+        ``NAME-rounds``, where rounds are those of a training; and ``NAME-occurrences``. More is
+        appended where one picture is not enough.
 
     Raises
     ------
@@ -91,23 +94,22 @@ def figures(
 
     from analysis.occurrences import occurrences_figure
     from analysis.rounds import rounds_figure
-    from testbed.results.reader import open_results
 
     if Path(out_dir).is_file():
         raise UserError(f"{out_dir}: cannot write the figures: this is a file, expected a folder")
-    paths = [Path(path) for path in results_paths]
-    loaded = load_attacked(*paths)
+    loaded = join_shares(load_attacked(*results_paths))
+    sets: Sequence[ShareSet] = loaded.attrs["sets"]
     columns: Mapping[str, str] = loaded.attrs["columns"]
     apart = choose_attacks(loaded, attacks)
     whole = merge_seeds(apart)
     drawn: list[Path] = []
     with rc_context(STYLE):
-        for path, stem in zip(paths, _stems(paths), strict=True):
-            frame = whole[whole["file"] == str(path)]
+        for one, stem in zip(sets, _stems(sets), strict=True):
+            frame = whole[whole["file"] == one.name]
             if frame.empty:
                 continue
-            with open_results(path) as results:
-                own = apart[apart["file"] == str(path)]
+            with OpenSet(one) as results:
+                own = apart[apart["file"] == one.name]
                 pictures = {
                     **_scores(frame, results.title, columns, chosen=bool(attacks)),
                     "rounds": rounds_figure(results, own, _MOST_CURVES, chosen=bool(attacks)),
@@ -219,16 +221,13 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _stems(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each file's figures; equal names get a number."""
+def _stems(sets: Sequence[ShareSet]) -> list[str]:
+    """Return a name for the figures of each set; equal names get a number."""
     stems: list[str] = []
-    for path in paths:
-        name = path.name
-        for suffix in _SUFFIXES:
-            name = name.removesuffix(suffix)
-        number, stem = 2, name
+    for one in sets:
+        number, stem = 2, one.stem
         while stem in stems:
-            stem, number = f"{name}-{number}", number + 1
+            stem, number = f"{one.stem}-{number}", number + 1
         stems.append(stem)
     return stems
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.score import ACCUMULATED, baseline_columns, score_rounds
-from analysis.shares import first_files
+from analysis.shares import ShareFile, share_file, share_sets
 from testbed.defenses.described import defense_key, defense_labels
 from testbed.errors import UserError
 
@@ -56,7 +56,8 @@ def load(*paths: str | Path) -> "pd.DataFrame":
     Parameters
     ----------
     paths
-        Results files, complete or not; committed rounds are read.
+        Results files, complete or not; committed rounds are read. A name that is there twice is
+        read once.
 
     Returns
     -------
@@ -82,10 +83,11 @@ def load(*paths: str | Path) -> "pd.DataFrame":
         there are defences, batches of different sizes, or local steps that are not plain gradient
         descent.
 
-        ``attrs`` of the frame: ``columns``, the column of each dotted key; ``runs``, for each file
-        the first of those that hold shares of its experiment; ``trained``, file and number of the
-        scenarios whose rounds are those of one training; ``lost``, file and number of those with
-        committed rounds and no rows, and why; ``complete``, whether all files are.
+        ``attrs`` of the frame: ``columns``, the column of each dotted key; ``sets``, the sets of
+        shares that the files are, as `analysis.shares.share_sets` returns them; ``trained``, file
+        and number of the scenarios whose rounds are those of one training; ``lost``, file and
+        number of those with committed rounds and no rows, and why; ``complete``, whether all files
+        are.
 
     Raises
     ------
@@ -99,38 +101,45 @@ def load(*paths: str | Path) -> "pd.DataFrame":
 
     heads: list[dict[str, Any]] = []
     parts: list[Mapping[str, NDArray[Any]]] = []
-    swept: dict[str, None] = {}
-    defended: list[object] = []
-    roots: list[tuple[str, Mapping[str, Any]]] = []
+    # Of each scenario its file and number, what was swept, and its defences.
+    settings: list[tuple[str, int, Iterable[str], object]] = []
+    files: list[ShareFile] = []
     trained: list[tuple[str, int]] = []
     lost: list[tuple[str, int, str]] = []
     complete = True
-    for path in paths:
+    for path in dict.fromkeys(map(str, paths)):
         with open_results(path) as results:
-            roots.append((str(path), results.attributes))
+            files.append(share_file(path, results))
             complete &= results.complete
             for scenario in results.scenarios:
                 found = len(parts)
-                swept.update(dict.fromkeys(scenario.swept))
-                defended.append(scenario.parameters.get(DEFENSES))
-                before = {"file": str(path), "scenario": scenario.number}
+                defenses = scenario.parameters.get(DEFENSES)
+                settings.append((path, scenario.number, tuple(scenario.swept), defenses))
+                before = {"file": path, "scenario": scenario.number}
                 for block in scenario.blocks():
                     for label, columns in score_rounds(scenario, *block):
                         after = _describe(label, scenario.attacks[label])
                         heads.append({**before, **after, "parameters": scenario.parameters})
                         parts.append(columns)
                 if is_trained(scenario):
-                    trained.append((str(path), scenario.number))
+                    trained.append((path, scenario.number))
                 if scenario.committed and len(parts) == found:
                     why = _NOTHING_CAME if scenario.attacks else _NO_ATTACKS
-                    lost.append((str(path), scenario.number, why))
+                    lost.append((path, scenario.number, why))
 
+    sets = share_sets(files)
+    # In the order of the sweep, in which one file with all scenarios would have them.
+    order_of = {file: place for place, one in enumerate(sets) for file in one.files}
+    settings.sort(key=lambda setting: (order_of[setting[0]], setting[1]))
+    lost.sort(key=lambda scenario: (order_of[scenario[0]], scenario[1]))
+    swept = dict.fromkeys(key for _, _, keys, _ in settings for key in keys)
+    defended = [defenses for *_, defenses in settings]
     if any(defended):
         swept[DEFENSES] = None
     names = column_names(swept, _known())
     order = ["file", "scenario", *names.values(), *_KEYS, *ATTACK, *_UPDATE]
     order += [*METRICS, *_baselines()]
-    told: dict[str, Any] = {"columns": names, "runs": first_files(roots), "trained": trained}
+    told: dict[str, Any] = {"columns": names, "sets": tuple(sets), "trained": trained}
     told |= {"lost": lost, "complete": complete}
     if not parts:
         empty = pd.DataFrame(columns=order)
@@ -156,15 +165,15 @@ def load_attacked(*paths: str | Path) -> "pd.DataFrame":
     frame = load(*paths)
     if not frame.empty:
         return frame
-    files = ", ".join(map(str, paths))
+    named = ", ".join(map(str, paths))
     reasons = dict.fromkeys(why for *_, why in frame.attrs["lost"])
     if frame.attrs["complete"]:
         raise UserError(
-            f"{files}: {' or '.join(reasons)} in any round, and the run is complete: run it again "
+            f"{named}: {' or '.join(reasons)} in any round, and the run is complete: run it again "
             f"with {' and '.join(_REMEDIES[why] for why in reasons)}"
         )
     raise UserError(
-        f"{files}: no round with an attack has been committed yet: try again when the run is "
+        f"{named}: no round with an attack has been committed yet: try again when the run is "
         "further; `show` says how far it is"
     )
 

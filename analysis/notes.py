@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from analysis.load import attack_names, of_updates, varying_columns
 from analysis.score import ACCUMULATED, baseline_columns
+from analysis.share_notes import share_notes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,7 +89,7 @@ def not_applicable(rows: "pd.DataFrame", names: Mapping[str, str]) -> list[str]:
 
 
 def loading_notes(frame: "pd.DataFrame", *, intervals: bool) -> list[str]:
-    """Return what cannot be told from rows: which scenarios have none, and which are trainings.
+    """Return what rows do not tell: which scenarios and shares have none, which are trainings.
 
     Parameters
     ----------
@@ -103,15 +104,16 @@ def loading_notes(frame: "pd.DataFrame", *, intervals: bool) -> list[str]:
         notes.append(
             "rounds of one training are not independent: its intervals are about this training"
         )
-    runs = frame.attrs.get("runs", {})
-    several = len(set(runs.values())) > 1
+    sets = frame.attrs.get("sets", ())
+    runs = {file: one.name for one in sets for file in one.files}
+    several = len(sets) > 1
     found: dict[tuple[str, str], list[int]] = {}
     for file, number, why in frame.attrs.get("lost", ()):
         found.setdefault((runs[file] if several else "", why), []).append(number)
     for (file, why), numbers in found.items():
         which = f"scenario{'' if len(numbers) == 1 else 's'} {', '.join(map(str, sorted(numbers)))}"
         notes.append(f"{which}{f' of {Path(file).name}' if file else ''}: {why}")
-    return notes
+    return [*notes, *share_notes(sets)]
 
 
 def not_finite(frame: "pd.DataFrame") -> list[str]:

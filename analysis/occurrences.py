@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from testbed.results.reader import Results, Scenario
+    from analysis.open_set import Described
+    from testbed.results.reader import Scenario
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ class _Moments:
         return float(covariance[0, 1] / np.sqrt(variance.prod()))
 
 
-def occurrences_figure(results: "Results", frame: "pd.DataFrame") -> "Figure":
+def occurrences_figure(results: "Described", frame: "pd.DataFrame") -> "Figure":
     """Draw row sums against label counts, which property 2 of LLG says are a straight line.
 
     Wainakh et al., PoPETs 2022(2), section 4: with impact m < 0, ``g_c = s_c + m lambda_c``.
@@ -54,7 +55,7 @@ def occurrences_figure(results: "Results", frame: "pd.DataFrame") -> "Figure":
     Parameters
     ----------
     results
-        An open file.
+        An open file, or an open set of shares.
     frame
         Its rows, as `analysis.load` returns them; not empty.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from testbed.results.reader import Results
+    from analysis.open_set import Described
 
 _MAX_PANELS, _COLUMNS = 12, 4
 _MOST_POINTS = 20
@@ -30,14 +30,14 @@ _WIDTH, _HEIGHTS = 3.6, (2.6, 1.4)
 
 
 def rounds_figure(
-    results: "Results", frame: "pd.DataFrame", most: int, *, chosen: bool = False
+    results: "Described", frame: "pd.DataFrame", most: int, *, chosen: bool = False
 ) -> "Figure | None":
     """Draw success against the round of training, binned, and what a guess would score.
 
     Parameters
     ----------
     results
-        An open file.
+        An open file, or an open set of shares.
     frame
         Its rows as `analysis.load` returns them, seeds apart.
     most
@@ -130,7 +130,7 @@ def _binned(group: "pd.DataFrame") -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def _accuracy(results: "Results", indices: Sequence[int]) -> tuple[Any, Any]:
+def _accuracy(results: "Described", indices: Sequence[int]) -> tuple[Any, Any]:
     """Return the rounds that were evaluated, and the accuracy of each scenario's model [S, n]."""
     found: list[Any] = []
     for index in indices:

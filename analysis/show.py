@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.load import DEFENSES
 from analysis.score import ACCUMULATED
+from analysis.shares import ShareFile, share_file
 from testbed.defenses.described import NONE, defense_label, named
 from testbed.results.placed import describe_sharing
 
@@ -34,6 +35,7 @@ def show(path: str | Path) -> str:
         facts = [
             ("file", str(results.path)),
             ("state", progress(results)),
+            *_share(share_file(str(results.path), results)),
             *_provenance(results),
         ]
         width = max(len(name) for name, _ in facts)
@@ -42,14 +44,21 @@ def show(path: str | Path) -> str:
                 results.title or "(untitled)",
                 *(f"  {name.ljust(width)}  {value}" for name, value in facts),
                 "",
-                *_attacks(results.scenarios),
-                "",
-                *_obstacles(results.scenarios),
-                *_federation(results.scenarios),
-                *_scenarios(results.scenarios),
+                *describe_scenarios(results.scenarios),
                 "",
             ]
         )
+
+
+def describe_scenarios(scenarios: Sequence["Scenario"]) -> list[str]:
+    """Return lines about attacks, what they lack, how clients train, and every scenario."""
+    return [
+        *_attacks(scenarios),
+        "",
+        *_obstacles(scenarios),
+        *_federation(scenarios),
+        *_scenarios(scenarios),
+    ]
 
 
 def progress(results: "Results") -> str:
@@ -64,6 +73,12 @@ def progress(results: "Results") -> str:
     if committed == planned:
         return f"all rounds are there, but the run has not closed the file ({far})"
     return f"incomplete: still being written, or its run was stopped ({far})"
+
+
+def _share(file: ShareFile) -> list[tuple[str, str]]:
+    if file.count == 1:
+        return []
+    return [("share", f"{file.place}/{file.count} of the scenarios of the experiment")]
 
 
 def _provenance(results: "Results") -> list[tuple[str, str]]:
@@ -83,7 +98,7 @@ def _provenance(results: "Results") -> list[tuple[str, str]]:
         *_placement(results.ranks),
         *_starts(results.starts),
         *_losses(results),
-        ("packages", _packages(text("dependencies")) or "unknown"),
+        ("packages", list_packages(text("dependencies")) or "unknown"),
     ]
 
 
@@ -93,8 +108,8 @@ def _starts(starts: Sequence["Start"]) -> list[tuple[str, str]]:
         return []
     lines = []
     for start in starts:
-        line = f"{start.time} with {_number(start.ranks, 'rank')}"
-        line += f", after {_number(start.committed, 'round')}" if start.committed else ""
+        line = f"{start.time} with {number(start.ranks, 'rank')}"
+        line += f", after {number(start.committed, 'round')}" if start.committed else ""
         lines.append(line + (f", Slurm job {start.slurm_job}" if start.slurm_job else ""))
     return [("started", f"{len(starts)} times"), *(("", line) for line in _ends(lines))]
 
@@ -113,7 +128,7 @@ def _losses(results: "Results") -> list[tuple[str, str]]:
         if len(results.scenarios) > 1:
             where += f" of scenario {_sweep_number(results, loss.scenario)}"
         lines.append(f"{where}; the run went on after {loss.seconds:.2g} s")
-    return [("lost", _number(len(losses), "rank")), *(("", line) for line in _ends(lines))]
+    return [("lost", number(len(losses), "rank")), *(("", line) for line in _ends(lines))]
 
 
 def _sweep_number(results: "Results", index: int) -> int:
@@ -129,7 +144,8 @@ def _ends(lines: Sequence[str]) -> list[str]:
     return [*lines[:_SHOWN], f"... {left} more ...", *lines[-_SHOWN:]]
 
 
-def _packages(dependencies: str) -> str:
+def list_packages(dependencies: str) -> str:
+    """Return names and versions: ``numpy 2.0, h5py 3.11``."""
     try:
         return ", ".join(f"{name} {version}" for name, version in json.loads(dependencies).items())
     except (ValueError, AttributeError):
@@ -138,7 +154,7 @@ def _packages(dependencies: str) -> str:
 
 def _placement(ranks: Sequence["Rank"]) -> list[tuple[str, str]]:
     hosts = len({rank.host for rank in ranks})
-    count = f"{_number(len(ranks), 'rank')} on {_number(hosts, 'host')}"
+    count = f"{number(len(ranks), 'rank')} on {number(hosts, 'host')}"
     sharing = [("", line) for line in describe_sharing(ranks)]
     if len(ranks) <= 8:
         each = [
@@ -147,13 +163,18 @@ def _placement(ranks: Sequence["Rank"]) -> list[tuple[str, str]]:
             for rank in ranks
         ]
         return [("ranks", count), *(("", line) for line in each), *sharing]
+    return [("ranks", count), ("devices", count_devices(ranks)), *sharing]
+
+
+def count_devices(ranks: Sequence["Rank"]) -> str:
+    """Return how many ranks have which kind of device: ``8 x NVIDIA H200, 1 x cpu``."""
     # Indices of devices differ from rank to rank; their models are what a reader wants to know.
     kinds = Counter(rank.device.partition(" ")[2] or rank.device for rank in ranks)
-    devices = ", ".join(f"{number} x {kind}" for kind, number in kinds.most_common())
-    return [("ranks", count), ("devices", devices), *sharing]
+    return ", ".join(f"{times} x {kind}" for kind, times in kinds.most_common())
 
 
-def _number(count: int, noun: str) -> str:
+def number(count: int, noun: str) -> str:
+    """Return a number of things: ``1 rank``, ``2 ranks``."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
@@ -168,7 +189,7 @@ def _attacks(scenarios: Sequence["Scenario"]) -> list[str]:
             if info.target == ACCUMULATED:
                 answers += " of all updates so far"
             lines[label, info.title, knows, answers, options or "no options", info.source] = None
-    return ["attacks", *_aligned(lines)] if lines else ["attacks  none"]
+    return ["attacks", *aligned(lines)] if lines else ["attacks  none"]
 
 
 def _obstacles(scenarios: Sequence["Scenario"]) -> list[str]:
@@ -188,7 +209,7 @@ def _obstacles(scenarios: Sequence["Scenario"]) -> list[str]:
     lines = []
     for head, obstacles in (("not applicable", idle), ("broken assumptions", broken)):
         if obstacles:
-            lines += [head, *_aligned(_alike(obstacles, len(scenarios))), ""]
+            lines += [head, *aligned(_alike(obstacles, len(scenarios))), ""]
     return lines
 
 
@@ -212,7 +233,7 @@ def _federation(scenarios: Sequence["Scenario"]) -> list[str]:
                 found.setdefault(text, []).append(scenario.number)
         if found and list(found) != [NONE]:
             told = [[text, _where(where, len(scenarios))] for text, where in found.items()]
-            lines += [head, *_aligned(told), ""]
+            lines += [head, *aligned(told), ""]
     return lines
 
 
@@ -230,7 +251,7 @@ def _training(scenario: "Scenario") -> list[str]:
     rate = told("federation.server.learning_rate", 1)
     if optimizer != "sgd" or rate != 1:
         words.append(f"server {optimizer}, rate {rate:g}")
-    clients = _number(scenario.members, "client")
+    clients = number(scenario.members, "client")
     population = told("federation.population")
     words.append(f"{clients} of {population}" if population else clients)
     return [", ".join(words)]
@@ -319,7 +340,7 @@ def _scenarios(scenarios: Sequence["Scenario"]) -> list[str]:
         ]
         for scenario in scenarios
     ]
-    return ["scenarios", *_aligned([head, *body])]
+    return ["scenarios", *aligned([head, *body])]
 
 
 def _value(key: str, value: Any) -> str:
@@ -330,7 +351,8 @@ def _value(key: str, value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _aligned(lines: Iterable[Sequence[str]]) -> list[str]:
+def aligned(lines: Iterable[Sequence[str]]) -> list[str]:
+    """Return lines of cells as indented columns."""
     lines = list(lines)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [

@@ -11,6 +11,7 @@ from analysis.load import DEFENSES, varying_columns
 from analysis.notes import plain
 from analysis.placing import place_labels
 from analysis.score import ACCUMULATED
+from analysis.share_notes import titled
 from analysis.success import LABELS
 from analysis.table import LEVEL
 from analysis.tradeoff import tradeoff
@@ -120,8 +121,9 @@ def save_tradeoff(
     for file in frame["file"].unique():
         with open_results(str(file)) as results:
             titles.append(results.title)
+    title = titled("; ".join(dict.fromkeys(titles)), frame.attrs.get("sets", ()))
     with rc_context(STYLE):
-        figure = tradeoff_figure(frame, "; ".join(dict.fromkeys(titles)), attacks, metric, last)
+        figure = tradeoff_figure(frame, title, attacks, metric, last)
         return save_figure(figure, path)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from build_file import Spec, build
+from sharing import share
 
 from analysis.__main__ import main
 
@@ -23,8 +24,9 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_show(path, capsys):
-    assert main(["show", str(path), str(path)]) == 0
+def test_show(path, tmp_path, capsys):
+    other = build(tmp_path / "other.h5", [Spec(rounds=5)])
+    assert main(["show", str(path), str(other), str(path)]) == 0
     out, err = capsys.readouterr()
     assert out.count("complete (5 of 5 rounds, 100 %)") == 2
     assert err == ""
@@ -174,3 +176,26 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait() == 0
+
+
+def test_a_folder_and_a_pattern_in_quotes_are_the_shares_in_it(tmp_path, capsys):
+    specs = [Spec({"federation.batch_size": size}, rounds=2) for size in (1, 2, 4)]
+    share(tmp_path, specs, "run_0of3", (0, 3))
+    share(tmp_path, specs, "run_1of3", (1, 3), committed=[1])
+    for name in (str(tmp_path), str(tmp_path / "run_*of3.h5")):
+        assert main(["table", name]) == 0
+        out, err = capsys.readouterr()
+        assert [line.split()[:2] for line in out.splitlines()[2:4]] == [["0", "1"], ["1", "2"]]
+        assert "share 2 of 0-2 is not among the files, with 1 of the 3 scenarios\n" in out
+        assert err == ""
+        assert main(["show", name]) == 0
+        assert "shares    2 of 3\n" in capsys.readouterr().out
+    # Where there are no notes on the screen.
+    assert main(["table", str(tmp_path), "--format", "csv"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "note: share 2 of 0-2 is not among the files, with 1 of the 3 scenarios",
+        "note: share 1 of 0-2 is incomplete, with 1 of 2 rounds",
+    ]
+    for command in ("show", "table", "tradeoff"):
+        assert main([command, str(tmp_path / "nothing*")]) == 2
+        assert "no file matches this pattern" in capsys.readouterr().err

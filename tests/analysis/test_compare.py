@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 from build_file import Spec, build
-from test_scenarios import share
+from sharing import share
 
 import analysis
 from analysis.bootstrap import bootstrap_interval

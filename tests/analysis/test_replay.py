@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from build_file import Spec, build
 from launching import run_here, write_experiment
-from test_scenarios import share
+from sharing import share
 
 import analysis
 from analysis.__main__ import main

@@ -1,4 +1,3 @@
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +7,6 @@ from hypothesis import strategies as st
 
 import analysis
 from analysis.scenarios import choose_attacks, merge_seeds, outermost_first, pages, seeds_note
-from analysis.shares import first_files, join_shares
 from testbed.errors import UserError
 
 
@@ -16,18 +14,6 @@ def sweep(**values):
     """Return a row per scenario of a sweep, the last key changing fastest."""
     index = pd.MultiIndex.from_product(values.values(), names=values)
     return index.to_frame(index=False)
-
-
-def share(folder, specs, name, part):
-    """Write one of n shares of a sweep as a run with ``--share i/n`` does."""
-    place, count = part
-    numbers = range(place, len(specs), count)
-    path = build(folder / f"{name}.h5", [specs[number] for number in numbers])
-    with h5py.File(path, "a") as file:
-        file.attrs["share"] = f"{place}/{count}"
-        for index, number in enumerate(numbers):
-            file[f"scenarios/{index:04d}"].attrs["number"] = number
-    return path
 
 
 def test_chosen_attacks(tmp_path):
@@ -77,43 +63,6 @@ def test_how_many_seeds_were_averaged(tmp_path):
     assert note([1, 2, 3], [1, 2, 3]) == ["averaged over 3 seeds"]
     assert note([1, 2, 3], [1]) == ["averaged over 1 to 3 seeds"]
     assert note([1], [2]) == []
-
-
-def test_shares_of_an_experiment_are_one_file_in_the_order_of_the_sweep(tmp_path):
-    specs = [Spec({"seed": seed, "a.b": value}, rounds=2) for seed in (1, 2) for value in (0, 1, 2)]
-    whole = analysis.load(build(tmp_path / "whole.h5", specs))
-    parts = [share(tmp_path, specs, place, (place, 2)) for place in (1, 0)]
-    frame = analysis.load(*parts)
-    assert frame["scenario"].unique().tolist() == [1, 3, 5, 0, 2, 4]
-    joined = join_shares(frame)
-    assert joined["file"].unique().tolist() == [str(parts[0])]
-    assert joined["scenario"].unique().tolist() == [0, 1, 2, 3, 4, 5]
-    assert joined["b"].tolist() == whole["b"].tolist()
-    assert sorted(joined.index) == frame.index.tolist()
-    merged = merge_seeds(joined)
-    assert merged["scenario"].unique().tolist() == [0, 1, 2]
-    assert seeds_note(joined, merged) == ["averaged over 2 seeds"]
-    assert join_shares(whole) is whole
-
-
-def test_which_files_belong_together():
-    def told(experiment, part):
-        return {"experiment": experiment, "share": part}
-
-    files = {
-        "a": told("x", "1/2"),
-        "other": told("y", "0/2"),
-        "b": told("x", "0/2"),
-        "again": told("x", "0/2"),  # a replay of b
-        "thirds": told("x", "2/3"),
-        "old": {"experiment": "x"},
-        "also": told("x", "1/2"),
-    }
-    assert first_files(files.items()) == {
-        **{name: name for name in files},
-        "b": "a",
-        "also": "again",
-    }
 
 
 def test_the_outermost_key_comes_first():

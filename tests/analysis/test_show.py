@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pytest
 from build_file import START, Builder, Spec, age, build, paper_sweep
-from test_scenarios import share
+from sharing import share
 
 from analysis.show import show
 
