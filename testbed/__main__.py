@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run an experiment, alone or under mpirun or srun")
     _add_experiment(run)
-    run.add_argument("-o", "--output", type=Path, required=True, help="results file (HDF5)")
+    run.add_argument("-o", "--output", required=True, help="results file (HDF5)")
     run.add_argument("--overwrite", action="store_true", help="replace an existing results file")
     run.add_argument(
         "--share",
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Go on after the last committed round. The finished file is that of a run that "
         "was never interrupted, to the bit, timings aside.",
     )
-    resume.add_argument("output", type=Path, help="results file, with or without .partial")
+    resume.add_argument("output", help="results file, with or without .partial")
     resume.add_argument(
         "overrides",
         nargs="*",
@@ -156,7 +156,6 @@ def _run(options: argparse.Namespace) -> int:
     return _start(
         options,
         experiment=options.experiment,
-        output=options.output,
         overwrite=options.overwrite,
         profile=options.profile,
         share=options.share,
@@ -165,8 +164,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    output = options.output.with_name(options.output.name.removesuffix(".partial"))
-    return _start(options, experiment=None, output=output, overwrite=False, resume=True)
+    return _start(options, experiment=None, overwrite=False, resume=True)
 
 
 def _start(options: argparse.Namespace, **settings: Any) -> int:
@@ -174,10 +172,14 @@ def _start(options: argparse.Namespace, **settings: Any) -> int:
 
     # Before the imports that take seconds: a signal that comes early must not kill this rank.
     stop = StopSignal().install()
+    from testbed.naming import results_path
+
+    output = results_path(options.output)
     from testbed.run import RunOptions, run
     from testbed.transport.environment import connect
 
     run_options = RunOptions(
+        output=output,
         overrides=options.overrides,
         progress=options.progress,
         on_rank_loss=options.on_rank_loss,

@@ -1,19 +1,24 @@
 """What to run: an experiment file, or what an earlier start of it has left."""
 
 import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from testbed.data.dataset import kind_of
 from testbed.errors import UserError
 from testbed.experiment import ResolvedExperiment, parse_experiment
+from testbed.results.opening import PARTIAL
 from testbed.results.output import partial_path
-from testbed.results.reader import open_results
+from testbed.results.reader import Results, open_results
 
-# Where the data lie and how the file is written may change from start to start; nothing else.
+# How the run is called, where the data lie and how the file is written may change from start to
+# start; nothing else.
 MOVABLE = (
+    "title",
     "data.root",
     "adversary.auxiliary_root",
     "compute.receive_buffers",
@@ -21,6 +26,8 @@ MOVABLE = (
     "results.checkpoint_seconds",
     "results.mode",
 )
+
+_ROOTS = ("data.root", "adversary.auxiliary_root")
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,8 @@ def find_begun(path: Path) -> Begun | None:
     Raises
     ------
     UserError
-        The file cannot be read, or was written by a version that could not resume.
+        The file cannot be read, was written by a version that could not resume, or is incomplete
+        and has the name of a complete one.
     """
     partial = partial_path(path)
     found = partial if partial.is_file() else path
@@ -73,7 +81,48 @@ def find_begun(path: Path) -> Begun | None:
                 f"{found}: the file does not say which run it is of: it was written by a version "
                 "of this program that could not resume"
             ) from None
+        if not results.complete and not results.path.name.endswith(PARTIAL):
+            raise _misnamed(path, results)
         return Begun(run, experiment, share, results.complete)
+
+
+def _misnamed(path: Path, results: Results) -> UserError:
+    """Return the error of an incomplete file with the name of a complete one."""
+    done = sum(scenario.committed for scenario in results.scenarios)
+    rounds = sum(scenario.rounds for scenario in results.scenarios)
+    found = f"incomplete ({done} of {rounds} rounds), but it has the name of a complete file"
+    real = path.resolve()
+    if real.name.endswith(PARTIAL):
+        real = real.with_name(real.name.removesuffix(PARTIAL))
+        return UserError(f"{path}: {found}: it is a link: resume {real}")
+    return UserError(
+        f"{path}: {found}: rename it {path.name}{PARTIAL}, and its checkpoint "
+        f"{path.name}.checkpoint if there is one, and resume"
+    )
+
+
+def check_roots(resolved: ResolvedExperiment, overrides: Sequence[str]) -> None:
+    """Raise `UserError` where data that a run was begun with are no longer there.
+
+    Parameters
+    ----------
+    resolved
+        The experiment as the results file has it, with the overrides of this start.
+    overrides
+        What they name is left to who reads the data.
+    """
+    given = {override.partition("=")[0] for override in overrides}
+    for point in resolved.points:
+        scenario = point.scenario
+        roots = (scenario.data.root, scenario.adversary.auxiliary_root)
+        for key, root in zip(_ROOTS, roots, strict=True):
+            if root is None or key in given or kind_of(root):
+                continue
+            where = "" if root.is_absolute() else f", from the current folder {Path.cwd()}"
+            raise UserError(
+                f"{key}: the run was begun with {root}, which does not exist{where}: give its "
+                f"place as {key}=DIR behind the file's name"
+            )
 
 
 def check_same(path: Path, begun: str, wanted: ResolvedExperiment) -> None:
@@ -90,20 +139,68 @@ def check_same(path: Path, begun: str, wanted: ResolvedExperiment) -> None:
     """
     before = _flat(yaml.safe_load(parse_experiment(begun, name=str(path)).to_yaml()))
     after = _flat(yaml.safe_load(wanted.to_yaml()))
-    for key in [*before, *after]:
-        found, expected = before.get(key), after.get(key)
-        if key not in MOVABLE and found != expected:
-            raise UserError(
-                f"{path}: the run was begun with another experiment: {key} is {found!r} there, and "
-                f"{expected!r} now; go on with the same one, or choose another name"
-            )
+    for difference in _differences("", _without(before), _without(after)):
+        raise UserError(
+            f"{path}: the run was begun with another experiment: {difference}; go on with the "
+            "same one, or choose another name"
+        )
+
+
+def _without(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in flat.items() if key not in MOVABLE}
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, dict):
         return {prefix.removesuffix("."): content}
     flat: dict[str, Any] = {}
     for key, value in content.items():
         # The keys of a sweep are dotted themselves.
         flat |= _flat(value, f"{prefix}{key}.")
     return flat
+
+
+def _differences(prefix: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """Yield where two flat mappings differ, as phrases."""
+    for key in dict.fromkeys([*before, *after]):
+        name = prefix + key
+        if key not in after:
+            yield f"{name} is {before[key]!r} there, and absent now"
+        elif key not in before:
+            yield f"{name} is absent there, and {after[key]!r} now"
+        elif before[key] != after[key]:
+            pair = _labelled(before[key]), _labelled(after[key])
+            if pair[0] is None or pair[1] is None:
+                yield f"{name} is {before[key]!r} there, and {after[key]!r} now"
+            else:
+                yield from _differences_of_lists(name, pair[0], pair[1])
+
+
+def _differences_of_lists(
+    name: str, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Iterator[str]:
+    gone = [key for key in before if key not in after]
+    new = [key for key in after if key not in before]
+    if gone or new:
+        parts = [(gone, "only there"), (new, "only now")]
+        yield f"{name}: " + "; ".join(f"{', '.join(keys)} {side}" for keys, side in parts if keys)
+        return
+    for key, item in before.items():
+        yield from _differences(f"{name}.{key}.", _flat(item), _flat(after[key]))
+    if list(before) != list(after):
+        yield f"the order of {name} is {', '.join(before)} there, and {', '.join(after)} now"
+
+
+def _labelled(value: Any) -> dict[str, Any] | None:
+    """Return the attacks or defences of a list by label; None where it is something else."""
+    if not isinstance(value, list):
+        return None
+    found: dict[str, Any] = {}
+    for item in value:
+        if not isinstance(item, dict) or "name" not in item:
+            return None
+        label = str(item.get("label", item["name"]))
+        while label in found:  # one that stands there twice
+            label += "'"
+        found[label] = item
+    return found

@@ -46,11 +46,15 @@ class Progress:
         self._scenario = -1
         self._started = self._shown = time.monotonic()
         self._pause, self._apart = _FIRST_PAUSE, 0.0
+        # When the last round was done, or what was no round.
+        self._last = self._started
+        self._entered = False
         self._bar: Bar | None = None
 
     def __enter__(self) -> "Progress":
         self._before, self._apart = self._done, 0.0
-        self._started = self._shown = time.monotonic()
+        self._started = self._shown = self._last = time.monotonic()
+        again, self._entered = self._entered, True
         if self._mode == "live":
             # mpirun's pipes hide the terminal from rich; its width comes from the environment.
             console = Console(stderr=True, force_terminal=True)
@@ -68,6 +72,8 @@ class Progress:
             self._task = self._bar.add_task(
                 self._title, total=self._total, completed=self._done, rate=""
             )
+        elif self._mode == "log" and again:
+            self._say(f"going on: {self._done} of {self._total} rounds done")
         elif self._mode == "log":
             done = f", {self._done} done before" if self._done else ""
             self._say(f"{self._title}: {self._total} rounds{done}")
@@ -76,7 +82,7 @@ class Progress:
     def advance(self, plan: ScenarioPlan) -> None:
         """Count a round of a scenario."""
         self._done += 1
-        now = time.monotonic()
+        now = self._last = time.monotonic()
         if self._mode == "live":
             if now - self._shown >= _REFRESH or self._done == self._total:
                 self._shown = now
@@ -85,6 +91,32 @@ class Progress:
             self._shown = now
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             self._say(f"{self._count()}, {self._rate(now)}; {_name(plan)}")
+
+    def repeat(self, plan: ScenarioPlan, number: int, stop: int) -> None:
+        """Tell of a round that was recorded before and is gone through again.
+
+        Its time is no part of the rate.
+
+        Parameters
+        ----------
+        plan
+            The scenario.
+        number
+            The round.
+        stop
+            The first round that is new.
+        """
+        now = time.monotonic()
+        self._apart += now - self._last
+        self._last = now
+        text = f"round {number} again, of {stop} that were recorded; {_name(plan)}"
+        if self._mode == "live" and now - self._shown >= _REFRESH:
+            self._shown = now
+            self.announce(text)
+        elif self._mode == "log" and now - self._shown >= self._pause:
+            self._shown = now
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._say(text)
 
     def announce(self, text: str) -> None:
         """Say what keeps the next round waiting."""
@@ -113,7 +145,8 @@ class Progress:
         """Leave the time of what is no round out of the rate, and of the time that is left."""
         started = time.monotonic()
         yield
-        self._apart += time.monotonic() - started
+        self._last = time.monotonic()
+        self._apart += self._last - started
 
     def __exit__(
         self,

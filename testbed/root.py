@@ -154,14 +154,25 @@ class Root:
             return {}
 
     def _saved(self, plan: ScenarioPlan, recorded: int) -> ScenarioState | None:
+        path, state = self._checkpoints.path, None
+        why = f"{path}: " + ("of other rounds" if path.exists() else "missing")
         try:
             state = self._checkpoints.read(plan.position)
         except UserError as error:
+            why = str(error)
+        if state is not None and state.round > recorded:
+            # The file system has kept the checkpoint, and lost the end of the file.
+            why = f"{path}: of round {state.round}, and only {recorded} rounds are committed"
+            state = None
+        if state is None and recorded:
             # The run is not lost: every round can be done again.
-            self.say(f"{error}; going through scenario {plan.index} from its first round")
-            return None
-        # A file system that lost the end of the file may have kept the checkpoint.
-        return None if state is None or state.round > recorded else state
+            self.say(f"{why}; going through scenario {plan.index} from its first round")
+        elif state is not None and state.round < recorded:
+            self.progress.remark(
+                f"going through rounds {state.round} to {recorded - 1} of scenario {plan.index} "
+                "again, from the checkpoint"
+            )
+        return state
 
     def states(self, plan: ScenarioPlan, workers: int) -> dict[int, dict[int, ClientState]]:
         """Return what clients remember where the ranks begin, by worker and identity."""
@@ -219,7 +230,11 @@ class Root:
             capacity=message_capacity(plan, setup),
             start=self._server.number,
         ) as downlink:
-            for _ in self._server.rounds(downlink, self._position):
+            recorded = self._writer.recorded(plan.position)
+            for number in self._server.rounds(downlink, self._position):
+                if number < recorded:
+                    self.progress.repeat(plan, number, recorded)
+                    continue
                 self.progress.advance(plan)
                 self._tell_losses()
         self._server = None
@@ -245,14 +260,15 @@ class Root:
         ranks
             How many ranks are left.
         """
+        names = []
         for one in lost:
-            reason = "does not answer" if one.stuck else "has died"
-            self.say(
-                f"rank {one.number} on {one.host} {reason}{self._position}: "
-                f"going on with {ranks} rank{'s' * (ranks > 1)}"
-            )
+            what = "does not answer and was killed" if one.stuck else "has died"
+            names.append(f"rank {one.number} on {one.host} {what}")
             here = Position(self._position.scenario, self._position.round)
             self._losses.append((one, "stuck" if one.stuck else "killed", since, here))
+        self.say(
+            f"{', '.join(names)}{self._position}: going on with {ranks} rank{'s' * (ranks > 1)}"
+        )
 
     def _tell_losses(self) -> None:
         for lost, reason, since, where in self._losses:
@@ -283,12 +299,19 @@ class Root:
         """Close the file, complete or not."""
         self._writer.close()
 
-    def stopped(self) -> int:
-        """Say that the run was stopped and how it goes on; return the exit status."""
-        path = self._writer.path
+    def stopped(self, advice: str) -> int:
+        """Say that the run was stopped, and how it goes on; return the exit status."""
+        scenario, number = self._position.scenario, self._position.round
+        where = "" if scenario is None else f" in scenario {scenario}"
+        if number is not None:
+            where += f", round {number}"
+            plan = next(plan for plan in self._plans if plan.index == scenario)
+            if number < self._writer.committed(plan.position):
+                where += ", which is gone through again"
+        total = sum(plan.rounds for plan in self._plans)
+        done = sum(self._writer.committed(plan.position) for plan in self._plans)
         self.say(
-            f"stopped by {self._stop.name}{self._position}; what is done is saved, go on with: "
-            f"python -m testbed resume {path}"
+            f"stopped by {self._stop.name}{where}; {done} of {total} rounds are committed; {advice}"
         )
         return EXIT_STOPPED
 

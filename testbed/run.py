@@ -4,6 +4,8 @@ Also a run that goes on: after a stop or a crash, from its file; after the loss 
 it is. Both begin the scenario that is not done at the round that the root says.
 """
 
+import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -14,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.begun import Begun, check_same, find_begun, new_run
+from testbed.begun import MOVABLE, Begun, check_roots, check_same, find_begun, new_run
 from testbed.checkpoint import Checkpoints
 from testbed.errors import UserError
 from testbed.experiment import load_experiment, parse_experiment
 from testbed.failure import Position, agree, guarded
 from testbed.headers import scenario_header
+from testbed.naming import check_new_name, check_replaceable
 from testbed.plan import ScenarioPlan, Task, make_plan
 from testbed.results.provenance import provenance
 from testbed.results.writer import RankHeader, ResultsWriter, ScenarioHeader, check_output
@@ -108,7 +111,10 @@ def run(transport: Transport, options: RunOptions, stop: StopSignal | None = Non
             return
         _Run(transport, options, job, position, stop).execute()
 
-    return guarded(transport, position, body)
+    try:
+        return guarded(transport, position, body)
+    finally:
+        stop.heeded = False  # nothing is left that a signal could interrupt
 
 
 def _refuse(reason: str) -> None:
@@ -130,6 +136,8 @@ def _read(transport: Transport, options: RunOptions) -> _Job | None:
 
 def _job(options: RunOptions) -> _Job:
     """Return what is to be run; on the root."""
+    if options.experiment is not None:
+        check_new_name(options.output, options.experiment)
     begun = find_begun(options.output) if options.resume else None
     if options.experiment is not None:
         resolved = load_experiment(options.experiment, options.overrides, options.profile)
@@ -150,10 +158,16 @@ def _job(options: RunOptions) -> _Job:
             )
         if begun.complete:
             print(f"{options.output}: the run is complete", file=sys.stderr)
+            with contextlib.suppress(OSError):  # it may have been killed before it did so itself
+                Checkpoints(options.output, begun.run, seconds=0).remove()
             return _Job("", begun, resuming=False)
         resolved.require_data()
+        if options.experiment is None:
+            check_roots(resolved, options.overrides)
         return _Job(resolved.to_yaml(), begun, resuming=True)
     check_output(options.output, overwrite=options.overwrite)
+    if options.overwrite:
+        check_replaceable(options.output)
     resolved.require_data()
     if options.share[0] >= len(resolved.points):
         raise UserError(
@@ -161,6 +175,22 @@ def _job(options: RunOptions) -> _Job:
             f"{len(resolved.points)} scenarios: there is none in this share"
         )
     return _Job(resolved.to_yaml(), new_run(resolved, options.share), resuming=False)
+
+
+def _advice(options: RunOptions, transport: Transport) -> str:
+    """Return how a run that was stopped goes on."""
+    # What else was overridden stands in the results file.
+    movable = [word for word in options.overrides if word.partition("=")[0] in MOVABLE]
+    words = ["resume", str(options.output), *movable]
+    if options.on_rank_loss != "end":
+        words += ["--on-rank-loss", options.on_rank_loss]
+    if options.deadline is not None:
+        words += ["--deadline", f"{options.deadline:g}"]
+    with_ = "with"
+    if options.experiment is not None:
+        with_ += " the same command" + ("" if options.resume else " and --resume") + ", or"
+    under = ", under mpirun or srun as before," if transport.started > 1 else ""
+    return f"go on{under} {with_}: python -m testbed {shlex.join(words)}"
 
 
 class _Run:
@@ -194,8 +224,9 @@ class _Run:
                 pass
         except RunStopped:
             assert self._root is not None
+            self._stop.heeded = False  # the run ends: in this way, and not by an interruption too
             self._root.close()
-            self._transport.stop(self._root.stopped())
+            self._transport.stop(self._root.stopped(_advice(self._options, self._transport)))
         finally:
             if self._root is not None:
                 self._root.close()

@@ -138,7 +138,7 @@ class ScenarioServer:
         self.number = number
 
     def rounds(self, downlink: Downlink, position: Position) -> Iterator[int]:
-        """Run the scenario; yield the number of each round when it has been recorded.
+        """Run the scenario; yield the number of each round when it is done, recorded before or now.
 
         Parameters
         ----------
@@ -166,8 +166,7 @@ class ScenarioServer:
             # What was observed is not to be held while the next round's updates come in.
             del record
             self.number = number + 1
-            if not recorded:
-                yield number
+            yield number
 
     def _record(self, number: int, record: Round) -> None:
         """Attack and evaluate, and hand everything to the writer."""

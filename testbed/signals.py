@@ -23,7 +23,8 @@ class StopSignal:
     name
         Of the signal; empty as long as none has come.
     heeded
-        Whether this process acts on it, as the root does; the others leave that to the root.
+        Whether this process acts on it, as the root does, until the run is stopping or over; the
+        others leave that to the root.
     """
 
     def __init__(self) -> None:

@@ -89,6 +89,67 @@ def test_time_apart_does_not_slow_the_rounds(
     assert lines[-1] == "clock 1/100 rounds in 8:24"
 
 
+def test_rounds_that_are_repeated_are_told_and_do_not_slow_the_new_ones(
+    clock: Clock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Progress("title", 100, "log", done=50) as shown:
+        with shown.apart():
+            clock.now += 100.0
+        for number in range(20, 50):
+            clock.now += 2.0
+            shown.repeat(plan_of(), number, 50)
+        clock.now += 4.0
+        shown.advance(plan_of())
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[:2] == [
+        "clock title: 100 rounds, 50 done before",
+        "clock round 20 again, of 50 that were recorded; scenario 0",
+    ]
+    # Pauses of 10, 20 ... seconds, as between other lines.
+    assert [line.split()[2] for line in lines[1:-1]] == ["20", "25", "35"]
+    with Progress("title", 100, "log", done=50) as shown:
+        clock.now += 2.0
+        shown.repeat(plan_of(), 49, 50)
+        clock.now += 6.0
+        shown.advance(plan_of())
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[1] == "clock 51/100 rounds, 10.0 rounds/min, 4:54 left; scenario 0"
+
+
+def test_the_live_line_tells_of_rounds_that_are_repeated(
+    clock: Clock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Progress("title", 100, "live", done=50) as shown:
+        clock.now += 2.0
+        shown.repeat(plan_of(), 49, 50)
+        clock.now += 2.0
+        shown.advance(plan_of())
+    err = capfd.readouterr().err
+    assert "round 49 again, of 50 that were recorded" in err
+    assert "51/100" in err
+
+
+def test_a_run_that_goes_on_after_a_loss_does_not_begin_again(
+    clock: Clock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shown = Progress("title", 3, "log")
+
+    def lose() -> None:
+        with shown:
+            shown.advance(plan_of())
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        lose()
+    with shown:
+        shown.advance(plan_of())
+    assert capfd.readouterr().err.splitlines() == [
+        "clock title: 3 rounds",
+        "clock going on: 1 of 3 rounds done",
+        "clock 2/3 rounds in 0:00",
+    ]
+
+
 def test_log_names_the_swept_values(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
     plan = make_plan(resolve("sweep.federation.batch_size=[4, 8]", "sweep.model.name=[cnn]"))[1]
     with Progress("title", 10, "log") as shown:

@@ -71,12 +71,85 @@ def stopped(process, tmp_path):
     said = (tmp_path / "log").read_text()
     assert status == EXIT_STOPPED, said
     assert "Traceback" not in said
-    assert f"go on with: python -m testbed resume {tmp_path / 'r.h5'}" in said
+    assert f"--resume, or: python -m testbed resume {tmp_path / 'r.h5'}\n" in said
     with open_results(tmp_path / "r.h5") as results:
         (scenario,) = results.scenarios
         assert 0 < scenario.committed < scenario.rounds
-        assert f"round {scenario.committed}" in said
+        assert f" in scenario 0, round {scenario.committed}; " in said
+        assert f"{scenario.committed} of {scenario.rounds} rounds are committed; go on" in said
         return scenario.committed
+
+
+def lives(process):
+    """Return whether a process runs, or is stopped; one that nobody has waited for does not."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(") ")[2][0] not in "ZX"
+
+
+def started_launcher(tmp_path, script):
+    """Start the launcher with a program in mpirun's place, and wait until that says "ready"."""
+    program = tmp_path / "mpirun"
+    program.write_text(f"#!/usr/bin/env python3\nimport os, signal, time\n{script}")
+    program.chmod(0o755)
+    process = subprocess.Popen(
+        [str(LAUNCHER), "-n", "1", "true"],
+        env={**environment(), "MPIRUN": str(program)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+# What the launcher does by itself.
+
+
+def test_the_launcher_tells_the_status_of_a_job_that_ends_as_a_signal_comes(tmp_path):
+    # The job ends by the signal that the launcher hands on, while more of them come.
+    script = (
+        "signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))\n"
+        "print('ready', flush=True)\n"
+        "while True: time.sleep(1)\n"
+    )
+    for _ in range(5):
+        process = started_launcher(tmp_path, script)
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.002)
+        assert process.wait(timeout=10) == EXIT_STOPPED, process.communicate()
+        process.communicate()
+
+
+def test_a_second_sigint_ends_what_has_left_the_group_and_does_not_listen(tmp_path):
+    script = (
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os.setsid()\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "os.waitpid(child, os.WUNTRACED)\n"
+        "open('CHILD', 'w').write(str(child))\n"
+        "signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    ).replace("CHILD", str(tmp_path / "child"))
+    process = started_launcher(tmp_path, script)
+    child = int((tmp_path / "child").read_text())
+    assert lives(child)
+    process.send_signal(signal.SIGINT)
+    assert "finishing the round (SIGINT" in process.stderr.readline()
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    assert "ended at once" in process.communicate()[1]
+    end = time.monotonic() + 5
+    while lives(child):
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 # Open MPI's mpirun forwards both, MPICH's ends all at the second.
@@ -114,6 +187,9 @@ def test_the_launcher_translates_what_mpirun_does_not_forward(tmp_path, name):
     process = started([str(LAUNCHER), "-n", "2", *words], tmp_path)
     process.send_signal(signal.Signals[name])
     stopped(process, tmp_path)
+    said = (tmp_path / "log").read_text()
+    assert f"finishing the round ({name}, handed on as SIGUSR1); Ctrl-C again" in said
+    assert "go on, under mpirun or srun as before, with the same command and --resume" in said
 
 
 @pytest.mark.mpi
@@ -122,6 +198,7 @@ def test_a_second_sigint_to_the_launcher_ends_everything_at_once(tmp_path):
     words = command("run", experiment, "results.commit_seconds=0", "-o", tmp_path / "r.h5")
     process = started([str(LAUNCHER), "-n", "2", *words, "--progress", "none"], tmp_path)
     ranks = ranks_of(process.pid)
+    assert sorted(ranks) == [0, 1]
     os.kill(ranks[0], signal.SIGSTOP)  # so that it cannot stop by itself
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -130,12 +207,14 @@ def test_a_second_sigint_to_the_launcher_ends_everything_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     try:
         assert process.wait(timeout=10) == 130
-        assert time.monotonic() - began < 5
+        while any(map(lives, ranks.values())):
+            assert time.monotonic() - began < 5
+            time.sleep(0.02)
     finally:
         kill_tree(process.pid)
-        for rank in ranks.values():
-            if Path(f"/proc/{rank}").exists():
-                os.kill(rank, signal.SIGKILL)
+        for rank in filter(lives, ranks.values()):
+            os.kill(rank, signal.SIGKILL)
+    assert "ended at once; what is committed is readable" in (tmp_path / "log").read_text()
     with open_results(tmp_path / "r.h5") as results:
         assert results.scenarios[0].committed > 0
 
@@ -147,7 +226,7 @@ def test_a_single_process_stops_after_its_round(tmp_path, name):
     process = started(line, tmp_path)
     process.send_signal(signal.Signals[name])
     rounds = stopped(process, tmp_path)
-    assert f"stopped by {name}, scenario 0, round {rounds}" in (tmp_path / "log").read_text()
+    assert f"stopped by {name} in scenario 0, round {rounds};" in (tmp_path / "log").read_text()
 
 
 def test_a_second_sigint_stops_a_round_that_does_not_end(tmp_path):
