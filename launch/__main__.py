@@ -1,6 +1,7 @@
 """The command line: ``python -m launch local | slurm | doctor``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,14 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 1 for a failure, 2 for wrong input."""
+    """Run the command line and return its exit status.
+
+    Returns
+    -------
+    status
+        0, 1 for a failure, 2 for wrong input; of ``local`` that of the run, which takes this
+        process's place.
+    """
     parser = argparse.ArgumentParser(
         prog="launch",
         description="Start runs of the testbed, and look at what is there to start them with. "
@@ -46,10 +54,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     try:
         status: int = options.command(options)
-        return status
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "launch").partition(".")[0] in ("analysis", "launch", "testbed"):
+            raise
+        print(
+            f"error: {sys.executable} has no module {error.name}: take the Python of the "
+            "environment that the testbed is installed in, or pip install '.[run]' in the "
+            "repository; `python -m launch doctor` says what is missing",
+            file=sys.stderr,
+        )
+        return 2
+    except BrokenPipeError:
+        # What is still buffered has nowhere to go: at exit Python would complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
 
 
 def _doctor(options: argparse.Namespace) -> int:

