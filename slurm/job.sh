@@ -79,10 +79,11 @@ launcher() {
   start+=("${extra[@]}")
 }
 
-# may_go_on STATUS: whether the run has ended only because somebody asked it to, in which case it
-# said so itself, or was ended with the others when one rank had left.
+# may_go_on STATUS: whether the run has ended only because it was asked to. It says so itself, also
+# where Slurm tells the ranks alone, as of a preemption; but it may have been ended, by the launcher,
+# while it was starting.
 may_go_on() {
-  [ -n "$asked" ] && [ "$1" != 0 ] && [ "$1" != 1 ] && [ "$1" != 2 ]
+  [ "$1" = $EXIT_STOPPED ] || { [ -n "$asked" ] && [ "$1" -gt 2 ]; }
 }
 
 # Whether Slurm has the job for running still. It has not after scancel, nor where Slurm itself puts
@@ -103,13 +104,13 @@ requeue() {
   sleep 60
 }
 
-# run_in_tasks ARGUMENT...: the testbed in all tasks of the job.
+# run_in_tasks ARGUMENT...: the testbed in all tasks of the job, which is to make $output.
 run_in_tasks() {
   local status
   asked=''
   launcher
   trap 'asked=warning; kill -USR1 "$child" 2>/dev/null' USR1 USR2
-  # Slurm tells the ranks as well: of a preemption, or of scancel.
+  # As at scancel, of which Slurm tells the ranks too.
   trap 'asked=end; kill -USR1 "$child" 2>/dev/null' TERM
   say "${start[*]} python -m testbed $*"
   "${start[@]}" python -m testbed "$@" &
@@ -123,6 +124,11 @@ run_in_tasks() {
   trap - USR1 USR2 TERM
   if may_go_on "$status" && is_running; then
     requeue
+  fi
+  # Some launchers say so of ranks that were ended.
+  if [ "$status" = 0 ] && [ ! -e "$output" ]; then
+    say "${start[0]##*/} says that all is well, but $output is not complete"
+    status=1
   fi
   return "$status"
 }
