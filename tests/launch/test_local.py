@@ -274,7 +274,7 @@ def test_the_launcher_of_this_machine_is_known():
 
 @pytest.mark.mpi
 def test_a_run_that_is_told_to_stop_saves_itself_and_its_line_goes_on_to_the_end(tmp_path):
-    training = {"rounds": 800, "clients": 2, "batch_size": 4, "algorithm": "fedsgd"}
+    training = {"rounds": 500, "clients": 2, "batch_size": 4, "algorithm": "fedsgd"}
     write_experiment(tmp_path / "e.yaml", federation=training, attacks=["llg"])
     line = local("-n", 2, "e.yaml", "-o", "r.h5")
     with (tmp_path / "log").open("wb") as log:
