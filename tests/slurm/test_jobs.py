@@ -1,8 +1,10 @@
 """The batch scripts on a real two-node cluster: started, shared out, warned, preempted, cut off."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -317,12 +319,17 @@ def test_a_data_set_is_in_the_memory_of_a_node_once(cluster, data_root):
     cluster.until(output.with_name("e.h5.partial"), number)
     pids = ranks_of(output)
     assert len(pids) == 4
+    # At one moment: a page that another rank begins to use meanwhile would be counted again.
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
     parts = [mappings(pid) for pid in pids]
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
     windows = [[part for part in of if part["shared"] and part["Size"] >= size] for of in parts]
     assert all(len(found) == 1 for found in windows)
     held = sum(part["Pss"] for (part,) in windows)
     print(f"the data set has {size} bytes, and takes {held} of the node")
-    assert 0.9 * size < held < 1.1 * size
+    assert 0.95 * size < held < 1.05 * size
     # No rank has a copy of its own; so large an array would not be in the heap.
     own = [part for of in parts for part in of if not part["shared"] and not part["heap"]]
     assert max(part["Anonymous"] for part in own) < size
