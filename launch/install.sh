@@ -1,5 +1,6 @@
 # Sourced by launch/quickstart and tests/run: makes .venv at the root of the repository and fills
 # it with the tested versions. An MPI is installed with it where the machine has none.
+# shellcheck shell=bash
 
 # install EXTRA[,EXTRA...]
 install() {

@@ -26,15 +26,21 @@ split() {
         ;;
       --output=*) output=${1#*=} ;;
       # Options of `testbed run` with a value of their own.
-      --profile | --progress | --on-rank-loss | --deadline)
+      --profile | --progress | --on-rank-loss | --deadline | --share)
         [ $# -gt 1 ] || fail "$1 wants a value"
         rest+=("$1" "$2")
         shift
         ;;
-      -* | *=*) rest+=("$1") ;;
+      -*) rest+=("$1") ;;
       *)
-        [ -z "$experiment" ] || fail "found $1 behind $experiment, expected key=value or an option"
-        experiment=$1
+        # The first is the file, whatever is in its name.
+        if [ -z "$experiment" ]; then
+          experiment=$1
+        elif [[ $1 == *=* ]]; then
+          rest+=("$1")
+        else
+          fail "found $1 behind $experiment, expected key=value or an option"
+        fi
         ;;
     esac
     shift
@@ -47,18 +53,25 @@ split() {
   fi
 }
 
-# The line that starts one process per task of the job, without the program.
+# launcher ARGUMENT...: sets start, the line that starts one process per task of the job, for these
+# arguments of the testbed.
 launcher() {
-  local with=$TESTBED_LAUNCHER
+  local with=$TESTBED_LAUNCHER types tolerant=''
+  [[ " $* " != *" --on-rank-loss continue "* && " $* " != *" --on-rank-loss=continue "* ]] || tolerant=1
+  types=$(srun --mpi=list 2>&1)
   if [ -z "$with" ]; then
     with=mpirun
-    ! srun --mpi=list 2>&1 | grep -qw pmix || with=srun
+    if [ -z "$tolerant" ] && grep -qw pmix <<<"$types"; then
+      with=srun
+    fi
   fi
-  read -ra extra <<<"$TESTBED_SRUN_ARGUMENTS"
   case $with in
     srun)
-      srun --mpi=list 2>&1 | grep -qw pmix ||
-        fail "srun has no PMIx plugin ($(srun --mpi=list 2>&1 | tr '\n\t' '  ')): set TESTBED_LAUNCHER=mpirun"
+      read -ra extra <<<"$TESTBED_SRUN_ARGUMENTS"
+      grep -qw pmix <<<"$types" ||
+        fail "srun has no PMIx plugin, only:$(sed 1d <<<"$types" | tr -d '\n' | tr '\t' ' '): set TESTBED_LAUNCHER=mpirun"
+      [ -z "$tolerant" ] ||
+        fail "--on-rank-loss continue: srun ends all ranks when one dies: set TESTBED_LAUNCHER=mpirun"
       start=(srun --mpi=pmix)
       # From Slurm 22.05 on srun does not take it from the job.
       [ -z "${SLURM_CPUS_PER_TASK:-}" ] || start+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
@@ -67,10 +80,13 @@ launcher() {
       command -v mpirun >/dev/null || fail "there is no mpirun here: load the site's MPI in slurm/env.sh"
       read -ra extra <<<"$TESTBED_MPIRUN_ARGUMENTS"
       start=("$TESTBED_ROOT/launch/mpirun")
-      if mpirun --version | grep -q 'Open MPI'; then
+      if [[ $(mpirun --version) == *'Open MPI'* ]]; then
         # As many CPUs for each rank as the job has, and where Slurm gave its processes no CPUs of
         # their own, Open MPI shall not give them one.
         start+=(--map-by "slot:PE=${SLURM_CPUS_PER_TASK:-1}")
+        if [ -n "$tolerant" ] && [[ " ${extra[*]} " != *' --with-ft '* ]]; then
+          start+=(--with-ft ulfm)
+        fi
         [ "$(id -u)" != 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
       fi
       ;;
@@ -87,9 +103,15 @@ may_go_on() {
 }
 
 # Whether Slurm has the job for running still. It has not after scancel, nor where Slurm itself puts
-# a preempted job back into the queue.
+# a preempted job back into the queue. A busy controller is asked again.
 is_running() {
-  [ "$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')" = RUNNING ]
+  local state=''
+  for pause in 0 2 10; do
+    sleep $pause
+    state=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+    [ -z "$state" ] || break
+  done
+  [ "$state" = RUNNING ]
 }
 
 requeue() {
@@ -108,7 +130,7 @@ requeue() {
 run_in_tasks() {
   local status
   asked=''
-  launcher
+  launcher "$@"
   trap 'asked=warning; kill -USR1 "$child" 2>/dev/null' USR1 USR2
   # As at scancel, of which Slurm tells the ranks too.
   trap 'asked=end; kill -USR1 "$child" 2>/dev/null' TERM
