@@ -11,12 +11,12 @@ TESTBED_VENV=${TESTBED_VENV:-$TESTBED_ROOT/.venv}
 # How ranks are started: srun, through Slurm's PMIx plugin, or mpirun. Empty: srun where it has PMIx.
 TESTBED_LAUNCHER=${TESTBED_LAUNCHER:-}
 
-# Arguments for srun and mpirun, as in --cpu-bind=cores, or --with-ft ulfm.
+# More arguments for srun and for mpirun, as in --distribution=block:block, or --mca pml ucx.
 TESTBED_SRUN_ARGUMENTS=${TESTBED_SRUN_ARGUMENTS:-}
 TESTBED_MPIRUN_ARGUMENTS=${TESTBED_MPIRUN_ARGUMENTS:-}
 
 # How often a job that ran into its time limit, or was preempted, puts itself into the queue again.
 TESTBED_MAX_REQUEUES=${TESTBED_MAX_REQUEUES:-20}
 
-# Where results files go that are named by their experiment alone.
+# Where results files go when sbatch is called without -o.
 TESTBED_RESULTS=${TESTBED_RESULTS:-$SLURM_SUBMIT_DIR}

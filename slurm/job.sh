@@ -72,7 +72,8 @@ launcher() {
         fail "srun has no PMIx plugin, only:$(sed 1d <<<"$types" | tr -d '\n' | tr '\t' ' '): set TESTBED_LAUNCHER=mpirun"
       [ -z "$tolerant" ] ||
         fail "--on-rank-loss continue: srun ends all ranks when one dies: set TESTBED_LAUNCHER=mpirun"
-      start=(srun --mpi=pmix)
+      # Where Slurm binds nothing, it does not mind.
+      start=(srun --mpi=pmix --cpu-bind=cores)
       # From Slurm 22.05 on srun does not take it from the job.
       [ -z "${SLURM_CPUS_PER_TASK:-}" ] || start+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
       ;;
@@ -126,23 +127,34 @@ requeue() {
   sleep 60
 }
 
+# stop WHY: lets the run save itself.
+stop() {
+  asked=$1
+  [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null
+}
+
 # run_in_tasks ARGUMENT...: the testbed in all tasks of the job, which is to make $output.
 run_in_tasks() {
   local status
   asked=''
+  child=''
   launcher "$@"
-  trap 'asked=warning; kill -USR1 "$child" 2>/dev/null' USR1 USR2
+  trap 'stop warning' USR1 USR2
   # As at scancel, of which Slurm tells the ranks too.
-  trap 'asked=end; kill -USR1 "$child" 2>/dev/null' TERM
+  trap 'stop end' TERM
   say "${start[*]} python -m testbed $*"
   "${start[@]}" python -m testbed "$@" &
   child=$!
-  # A signal ends wait, not the run.
-  while :; do
-    wait "$child"
-    status=$?
-    kill -0 "$child" 2>/dev/null || break
+  [ -z "$asked" ] || stop "$asked"
+  # A signal that interrupts wait may take the status with it: wait when there is nothing left to
+  # wait for, and no signal is heard any more. Nothing is ever written to the pipe.
+  exec 9<> <(:)
+  while kill -0 "$child" 2>/dev/null; do
+    read -r -t 0.5 -u 9
   done
+  trap '' USR1 USR2 TERM
+  wait "$child"
+  status=$?
   trap - USR1 USR2 TERM
   if may_go_on "$status" && is_running; then
     requeue

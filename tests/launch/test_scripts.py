@@ -1,6 +1,7 @@
 """The shell scripts: what a checker says of them, and what they say where something is missing."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def test_arguments_go_to_the_testbed_as_they_are(batch, tmp_path):
     done = batch("run.sbatch", *words, SLURM_CPUS_PER_TASK="3", TESTBED_SRUN_ARGUMENTS="-c 1 -v")
     assert done.returncode == 0, done.stderr
     run = f"python -m testbed run {experiment} -o e.h5 --resume --profile reduced"
-    started = f"srun --mpi=pmix --cpus-per-task=3 -c 1 -v {run} title=a b sweep.seed=[1, 2]\n"
+    started = f"srun --mpi=pmix --cpu-bind=cores --cpus-per-task=3 -c 1 -v {run} title=a b sweep.seed=[1, 2]\n"
     assert done.stdout == started
 
 
@@ -133,3 +134,16 @@ def test_a_share_has_a_file_of_its_own(batch):
     done = batch("sweep.sbatch", "e.yaml")
     assert (done.returncode, done.stdout) == (2, "")
     assert "this is for a job array" in done.stderr
+
+
+def test_the_errors_of_the_page_for_cluster_users_are_those_of_the_programs():
+    page = (ROOT / "docs/cluster.md").read_text()
+    shown = re.findall(r"^\| `([^`]+)` \|", page[page.index("## Errors") :], re.MULTILINE)
+    assert len(shown) > 8
+    files = [*ROOT.glob("slurm/*.s*"), *ROOT.glob("launch/*.py"), *ROOT.glob("testbed/**/*.py")]
+    # Texts that go over several lines of Python are one.
+    source = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in files))
+    for error in shown:
+        pieces = re.split(r"\.\.\.|\d+|NODE|FILE\.h5", error)
+        if not error.startswith("Sorry!"):  # Open MPI's
+            assert max(pieces, key=len).strip() in source, error
