@@ -77,9 +77,10 @@ def follow(job: str, outputs: Sequence[Path], pause: float = _PAUSE) -> int:
         Slurm does not know the job, nor did it.
     """
     shown = ""
+    ended: dict[str, Part] = {}
     try:
         while True:
-            parts = look(job)
+            parts = remember(ended, look(job))
             line = f"{describe(parts)}; {progress(outputs)}"
             if line != shown:
                 print(time.strftime("%H:%M:%S ") + line, flush=True)
@@ -90,6 +91,25 @@ def follow(job: str, outputs: Sequence[Path], pause: float = _PAUSE) -> int:
     except KeyboardInterrupt:
         print(f"\njob {job} goes on; `scancel {job}` ends it", file=sys.stderr)
         return 130
+
+
+def remember(ended: dict[str, Part], seen: Sequence[Part]) -> list[Part]:
+    """Return what is seen of a job, and those of its elements that Slurm has forgotten meanwhile.
+
+    Parameters
+    ----------
+    ended
+        Elements that were over when they were seen last, by name; kept up to date.
+    seen
+        Elements as Slurm has them now; none where it does not answer.
+    """
+    if not seen:
+        return []
+    for part in seen:
+        ended.pop(part.name, None)  # it may have been queued again
+    forgotten = list(ended.values())
+    ended.update({part.name: part for part in seen if part.state in _OVER})
+    return [*seen, *forgotten]
 
 
 def look(job: str) -> list[Part]:

@@ -148,14 +148,12 @@ def slurm_command(
             raise UserError(
                 "--on-rank-loss continue: srun ends all ranks when one dies: use --with mpirun"
             )
-        settings["TESTBED_LAUNCHER"] = "mpirun"
-        more = environment.get("TESTBED_MPIRUN_ARGUMENTS", "")
-        settings["TESTBED_MPIRUN_ARGUMENTS"] = f"{more} --with-ft ulfm".strip()
+        settings["TESTBED_LAUNCHER"] = "mpirun"  # with --with-ft ulfm, as slurm/job.sh sees to
     script = "run.sbatch"
     if options.array:
         script = "sweep.sbatch"
         words += [f"--array=0-{options.array - 1}"]
-        settings["SHARES"] = str(options.array)
+        settings["TESTBED_SHARES"] = str(options.array)
     for argument in options.sbatch:
         words += shlex.split(argument)
     words.append(str(root / "slurm" / script))

@@ -10,7 +10,22 @@ fail() {
   exit 2
 }
 
-say() { echo "$(date +%T) job $SLURM_JOB_ID: $*" >&2; }
+say() { echo "$(date +%T) job $job: $*" >&2; }
+
+# stop WHY: lets the run save itself; if there is none yet, none is started.
+stop() {
+  asked=$1
+  [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null
+}
+
+# The number of one element of an array is also that of the whole array.
+job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+asked=''
+child=''
+trap 'stop warning' USR1 USR2
+# As at scancel, of which Slurm tells the ranks too.
+trap 'stop end' TERM
 
 # split ARGUMENT...: the experiment's file, --output, and what goes to `testbed run` as it is.
 split() {
@@ -25,6 +40,10 @@ split() {
         shift
         ;;
       --output=*) output=${1#*=} ;;
+      -o?*)
+        output=${1#-o}
+        output=${output#=}
+        ;;
       # Options of `testbed run` with a value of their own.
       --profile | --progress | --on-rank-loss | --deadline | --share)
         [ $# -gt 1 ] || fail "$1 wants a value"
@@ -51,12 +70,13 @@ split() {
     output=$(basename "$experiment")
     output=$TESTBED_RESULTS/${output%.*}.h5
   fi
+  output=${output%.partial}
 }
 
 # launcher ARGUMENT...: sets start, the line that starts one process per task of the job, for these
 # arguments of the testbed.
 launcher() {
-  local with=$TESTBED_LAUNCHER types tolerant=''
+  local with=$TESTBED_LAUNCHER types tolerant='' extra mpirun=${MPIRUN:-mpirun}
   [[ " $* " != *" --on-rank-loss continue "* && " $* " != *" --on-rank-loss=continue "* ]] || tolerant=1
   types=$(srun --mpi=list 2>&1)
   if [ -z "$with" ]; then
@@ -68,24 +88,29 @@ launcher() {
   case $with in
     srun)
       read -ra extra <<<"$TESTBED_SRUN_ARGUMENTS"
-      grep -qw pmix <<<"$types" ||
-        fail "srun has no PMIx plugin, only:$(sed 1d <<<"$types" | tr -d '\n' | tr '\t' ' '): set TESTBED_LAUNCHER=mpirun"
       [ -z "$tolerant" ] ||
         fail "--on-rank-loss continue: srun ends all ranks when one dies: set TESTBED_LAUNCHER=mpirun"
       # Where Slurm binds nothing, it does not mind.
-      start=(srun --mpi=pmix --cpu-bind=cores)
+      start=(srun --cpu-bind=cores)
+      if [[ " ${extra[*]-} " != *' --mpi'* ]]; then
+        grep -qw pmix <<<"$types" ||
+          fail "srun has no PMIx plugin, only:$(sed 1d <<<"$types" | tr -d '\n' | tr '\t' ' '): set TESTBED_LAUNCHER=mpirun"
+        start+=(--mpi=pmix)
+      fi
       # From Slurm 22.05 on srun does not take it from the job.
       [ -z "${SLURM_CPUS_PER_TASK:-}" ] || start+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
+      # What srun says of failures of its own, as where a signal meets it while it creates the step:
+      # nothing that the testbed says.
+      export SLURM_EXIT_ERROR=76
       ;;
     mpirun)
-      command -v mpirun >/dev/null || fail "there is no mpirun here: load the site's MPI in slurm/env.sh"
+      command -v "$mpirun" >/dev/null || fail "there is no mpirun here: load the site's MPI in slurm/env.sh"
       read -ra extra <<<"$TESTBED_MPIRUN_ARGUMENTS"
       start=("$TESTBED_ROOT/launch/mpirun")
-      if [[ $(mpirun --version) == *'Open MPI'* ]]; then
-        # As many CPUs for each rank as the job has, and where Slurm gave its processes no CPUs of
-        # their own, Open MPI shall not give them one.
-        start+=(--map-by "slot:PE=${SLURM_CPUS_PER_TASK:-1}")
-        if [ -n "$tolerant" ] && [[ " ${extra[*]} " != *' --with-ft '* ]]; then
+      if [[ $("$mpirun" --version 2>&1) =~ Open\ MPI|OpenRTE|PRRTE ]]; then
+        # As many CPUs for each rank as the job has.
+        [ "${SLURM_CPUS_PER_TASK:-1}" = 1 ] || start+=(--map-by "slot:PE=$SLURM_CPUS_PER_TASK")
+        if [ -n "$tolerant" ] && [[ " ${extra[*]-} " != *' --with-ft '* ]]; then
           start+=(--with-ft ulfm)
         fi
         [ "$(id -u)" != 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
@@ -93,7 +118,8 @@ launcher() {
       ;;
     *) fail "TESTBED_LAUNCHER=$with: expected srun or mpirun" ;;
   esac
-  start+=("${extra[@]}")
+  # Before Bash 4.4 an empty array counts as not set.
+  start+=(${extra[@]+"${extra[@]}"})
 }
 
 # may_go_on STATUS: whether the run has ended only because it was asked to. It says so itself, also
@@ -109,7 +135,7 @@ is_running() {
   local state=''
   for pause in 0 2 10; do
     sleep $pause
-    state=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+    state=$(scontrol show job "$job" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
     [ -z "$state" ] || break
   done
   [ "$state" = RUNNING ]
@@ -122,40 +148,40 @@ requeue() {
     exit $EXIT_STOPPED
   fi
   say "into the queue again, for the $((before + 1)). time of $TESTBED_MAX_REQUEUES at most"
-  scontrol requeue "$SLURM_JOB_ID" || fail "Slurm does not queue this job again: the same sbatch line goes on"
-  # Slurm ends this script.
-  sleep 60
+  for pause in 0 5 30; do
+    sleep $pause
+    # Slurm ends this script.
+    ! scontrol requeue "$job" || sleep 60
+  done
+  say "Slurm does not queue this job again; the same sbatch line goes on"
+  exit $EXIT_STOPPED
 }
 
-# stop WHY: lets the run save itself.
-stop() {
-  asked=$1
-  [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null
-}
-
-# run_in_tasks ARGUMENT...: the testbed in all tasks of the job, which is to make $output.
-run_in_tasks() {
-  local status
-  asked=''
-  child=''
-  launcher "$@"
-  trap 'stop warning' USR1 USR2
-  # As at scancel, of which Slurm tells the ranks too.
-  trap 'stop end' TERM
-  say "${start[*]} python -m testbed $*"
-  "${start[@]}" python -m testbed "$@" &
-  child=$!
-  [ -z "$asked" ] || stop "$asked"
-  # A signal that interrupts wait may take the status with it: wait when there is nothing left to
-  # wait for, and no signal is heard any more. Nothing is ever written to the pipe.
-  exec 9<> <(:)
+# Until the child has ended. A signal that interrupts wait may take the status with it: wait when there
+# is nothing left to wait for, and no signal is heard any more.
+await() {
+  exec 9<> <(:) # nothing is ever written to it
   while kill -0 "$child" 2>/dev/null; do
     read -r -t 0.5 -u 9
   done
   trap '' USR1 USR2 TERM
-  wait "$child"
-  status=$?
-  trap - USR1 USR2 TERM
+}
+
+# run_in_tasks ARGUMENT...: the testbed in all tasks of the job, which is to make $output.
+run_in_tasks() {
+  local status=$EXIT_STOPPED
+  launcher "$@"
+  say "$(printf '%q ' "${start[@]}" python -m testbed "$@")"
+  if [ -z "$asked" ]; then
+    "${start[@]}" python -m testbed "$@" &
+    child=$!
+    [ -z "$asked" ] || stop "$asked"
+    await
+    wait "$child"
+    status=$?
+  fi
+  # Slurm's own end of this script is to be heard.
+  trap - TERM
   if may_go_on "$status" && is_running; then
     requeue
   fi
@@ -168,10 +194,15 @@ run_in_tasks() {
 }
 
 cd "$SLURM_SUBMIT_DIR" || exit
+# Modules and environments read variables that may not be set.
+set +u
 # shellcheck source=env.sh
 source "$TESTBED_ROOT/slurm/env.sh"
+set -u
+# After sbatch --export=NONE, srun would start the ranks without all this.
+export SLURM_EXPORT_ENV=ALL
 if [ -d "$TESTBED_VENV/bin" ]; then
   PATH=$TESTBED_VENV/bin:$PATH
 fi
-python -c 'import testbed' 2>/dev/null ||
+python -c 'import h5py, pydantic, testbed' 2>/dev/null ||
   fail "no Python with the testbed on $(hostname -s): install it on a login node (launch/quickstart does), or set TESTBED_VENV in slurm/env.sh"

@@ -186,7 +186,10 @@ def _start(options: argparse.Namespace, **settings: Any) -> int:
         deadline=options.deadline,
         **settings,
     )
-    return run(connect(), run_options, stop)
+    try:
+        return run(connect(), run_options, stop)
+    finally:
+        stop.retire()
 
 
 def _check(options: argparse.Namespace) -> int:

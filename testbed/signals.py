@@ -44,6 +44,14 @@ class StopSignal:
                 signal.signal(number, self._handle)
         return self
 
+    def retire(self) -> None:
+        """Let no signal end the program any more, whose run is over.
+
+        The interpreter gives signals back their default effect as it ends, which takes a while.
+        """
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         if not self.heeded:
             return

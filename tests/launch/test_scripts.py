@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,10 +60,8 @@ def batch(tmp_path):
         return subprocess.run(line, env=env, cwd=tmp_path, capture_output=True, text=True)
 
     # What srun was asked for, in place of starting it.
-    program(
-        "srun",
-        '[ "$1" = --mpi=list ] && printf "MPI\\n\\tpmix\\n" && exit; echo "srun $*"; touch e.h5',
-    )
+    told = 'printf "%s\\n" srun "$@" "export $SLURM_EXPORT_ENV"; touch e.h5'
+    program("srun", f"{LISTED}; {told}")
     program("scontrol", "exit 1")
     run.program = program
     return run
@@ -112,9 +111,96 @@ def test_arguments_go_to_the_testbed_as_they_are(batch, tmp_path):
     words = ("--profile", "reduced", experiment, "title=a b", "sweep.seed=[1, 2]", "-o", "e.h5")
     done = batch("run.sbatch", *words, SLURM_CPUS_PER_TASK="3", TESTBED_SRUN_ARGUMENTS="-c 1 -v")
     assert done.returncode == 0, done.stderr
-    run = f"python -m testbed run {experiment} -o e.h5 --resume --profile reduced"
-    started = f"srun --mpi=pmix --cpu-bind=cores --cpus-per-task=3 -c 1 -v {run} title=a b sweep.seed=[1, 2]\n"
-    assert done.stdout == started
+    step = ["srun", "--cpu-bind=cores", "--mpi=pmix", "--cpus-per-task=3", "-c", "1", "-v"]
+    run = ["python", "-m", "testbed", "run", experiment, "-o", "e.h5", "--resume"]
+    rest = ["--profile", "reduced", "title=a b", "sweep.seed=[1, 2]"]
+    assert done.stdout.splitlines() == [*map(str, [*step, *run, *rest]), "export ALL"]
+
+
+def test_another_plugin_of_srun_can_be_asked_for(batch):
+    batch.program("srun", '[ "$1" = --mpi=list ] && echo pmi2 && exit; echo "$*"; touch e.h5')
+    settings = {"TESTBED_LAUNCHER": "srun", "TESTBED_SRUN_ARGUMENTS": "--mpi=pmi2"}
+    done = batch("run.sbatch", "e.yaml", "-oe.h5.partial", **settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("--cpu-bind=cores --mpi=pmi2 python -m testbed run e.yaml")
+
+
+# Asks for the job to be stopped: as Slurm does when the time is nearly up.
+WARN = 'kill -USR1 "$(sed -n "s/^PPid:\\t//p" /proc/$$/status)"; sleep 1'
+LISTED = '[ "$1" = --mpi=list ] && echo pmix && exit'
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        # While the modules of the site are loaded, and while srun creates the step.
+        ("python", WARN),
+        ("srun", f"{LISTED}; trap : USR1; {WARN}; exit $SLURM_EXIT_ERROR"),
+        # By the run itself; and by the launcher, for ranks that it met while they were starting.
+        ("srun", f"{LISTED}; exit 75"),
+        ("srun", f"{LISTED}; {WARN}"),
+    ],
+)
+def test_a_warning_at_any_moment_queues_the_job_again(batch, tmp_path, name, text):
+    batch.program(name, text)
+    batch.program(
+        "scontrol",
+        'echo "$*" >>said; case $1 in show) echo "JobState=RUNNING Reason=None" ;; '
+        "requeue) kill -TERM $PPID ;; esac",
+    )
+    done = batch("run.sbatch", "e.yaml", TESTBED_VENV=str(tmp_path))
+    assert done.returncode == -signal.SIGTERM, done.stderr  # as Slurm ends what it queues again
+    assert "into the queue again, for the 1. time of 20 at most" in done.stderr
+    assert (tmp_path / "said").read_text() == "show job 7\nrequeue 7\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "text"),
+    [
+        ("CANCELLED", 75, "exit 75"),
+        ("RUNNING", 1, "exit 1"),
+        ("RUNNING", 2, f"trap : USR1; {WARN}; exit 2"),
+        ("RUNNING", 137, "exit 137"),
+    ],
+)
+def test_other_ends_do_not(batch, tmp_path, state, status, text):
+    batch.program("srun", f"{LISTED}; {text}")
+    batch.program("scontrol", f'echo "$*" >>said; echo "JobState={state} Reason=None"')
+    done = batch("run.sbatch", "e.yaml")
+    assert done.returncode == status, done.stderr
+    said = tmp_path / "said"
+    assert not said.exists() or "requeue" not in said.read_text()
+
+
+def test_an_element_of_an_array_is_queued_again_alone(batch, tmp_path):
+    """Its number may be that of the whole array."""
+    batch.program("srun", f"{LISTED}; exit 75")
+    batch.program(
+        "scontrol",
+        'echo "$*" >>said; case $1 in show) echo "JobState=RUNNING" ;; *) kill -TERM $PPID ;; esac',
+    )
+    ends = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "1"}
+    element = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    batch("sweep.sbatch", "e.yaml", **element, **ends)
+    assert (tmp_path / "said").read_text() == "show job 7_1\nrequeue 7_1\n"
+
+
+def test_a_job_does_not_queue_again_for_ever(batch, tmp_path):
+    batch.program("srun", f"{LISTED}; exit 75")
+    batch.program("scontrol", 'echo "$*" >>said; echo "JobState=RUNNING"')
+    settings = {"TESTBED_MAX_REQUEUES": "3", "SLURM_RESTART_COUNT": "3"}
+    done = batch("run.sbatch", "e.yaml", **settings)
+    assert done.returncode == 75
+    assert "not queued again: it was 3 times (TESTBED_MAX_REQUEUES)" in done.stderr
+    assert (tmp_path / "said").read_text() == "show job 7\n"
+
+
+def test_what_a_site_sets_may_read_what_is_not_set(batch, tmp_path):
+    shutil.copytree(ROOT / "slurm", tmp_path / "site/slurm")
+    with (tmp_path / "site/slurm/env.sh").open("a") as file:
+        file.write('export OF_THE_SITE="$NOWHERE_SET"\n')
+    done = batch("run.sbatch", "e.yaml", TESTBED_ROOT=str(tmp_path / "site"))
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_launcher_that_says_that_all_is_well_is_not_believed(batch):
@@ -127,8 +213,9 @@ def test_a_share_has_a_file_of_its_own(batch):
     array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
     ends = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "7"}
     done = batch("sweep.sbatch", "e.yaml", **array, **ends)
-    assert "-o " + str(Path(done.args[1]).parents[1]) not in done.stdout
-    assert done.stdout.rstrip().endswith("e_3of8.h5 --resume --share 3/8")
+    *_, output, resume, share, number, _ = done.stdout.splitlines()
+    assert Path(output).name == "e_3of8.h5"
+    assert [resume, share, number] == ["--resume", "--share", "3/8"]
     done = batch("sweep.sbatch", "e.yaml", **array, **{**ends, "SLURM_ARRAY_TASK_MAX": "9"})
     assert (done.returncode, done.stdout) == (2, "")
     done = batch("sweep.sbatch", "e.yaml")

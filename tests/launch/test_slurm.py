@@ -230,7 +230,7 @@ def test_a_sweep_is_an_array_of_shares():
     options, words, settings = command("--array", 16)
     assert "--array=0-15" in options
     assert words == ["sweep.sbatch", "e.yaml", "seed=3", "-o", "r.h5"]
-    assert settings == {"TESTBED_ROOT": str(ROOT), "SHARES": "16"}
+    assert settings == {"TESTBED_ROOT": str(ROOT), "TESTBED_SHARES": "16"}
 
 
 def test_what_is_said_of_the_place_is_handed_on():
@@ -273,7 +273,7 @@ def test_shares_are_named_as_the_script_names_them(name):
     lines = (ROOT / "slurm/sweep.sbatch").read_text().splitlines()
     (naming,) = [line for line in lines if line.startswith("output=")]
     said = subprocess.run(
-        ["bash", "-c", f'SLURM_ARRAY_TASK_ID=3 SHARES=16\n{naming}\necho "$output"'],
+        ["bash", "-c", f'SLURM_ARRAY_TASK_ID=3 TESTBED_SHARES=16\n{naming}\necho "$output"'],
         env={"output": name},
         capture_output=True,
         text=True,
@@ -394,13 +394,13 @@ def test_a_refusal_helps_where_sinfo_does_not_and_where_nothing_is_said(path):
 
 
 def test_a_line_is_printed_and_submitted(folder, capsys):
-    script(folder, "sbatch", f'echo "$SHARES $TESTBED_ROOT $*" >"{folder}/told"; echo 12')
+    script(folder, "sbatch", f'echo "$TESTBED_SHARES $TESTBED_ROOT $*" >"{folder}/told"; echo 12')
     arguments = ["--array", "2", "--time", "8:00:00", "seed=3", "-o", "r.h5"]
     assert main(["slurm", "e.yaml", *arguments]) == 0
     printed, said = capsys.readouterr().out.splitlines()
     assert said == "job 12; results: r_*of2.h5; log: r-12_*.out"
     settings, _, words = printed.partition(" sbatch ")
-    assert settings == f"TESTBED_ROOT={ROOT} SHARES=2"
+    assert settings == f"TESTBED_ROOT={ROOT} TESTBED_SHARES=2"
     assert (folder / "told").read_text() == f"2 {ROOT} {' '.join(shlex.split(words))}\n"
     assert "--ntasks-per-node=4 --cpus-per-task=1 --time=8:00:00" in words
     assert words.endswith("/slurm/sweep.sbatch e.yaml seed=3 -o r.h5")

@@ -1,9 +1,11 @@
 """A real Slurm cluster of two nodes on this machine, for the tests of this folder."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +57,7 @@ class Cluster:
 
     def __init__(self, config: str, folder: Path) -> None:
         self.folder = folder
+        self.lost: set[int] = set()
         inherited = {k: v for k, v in environment().items() if not k.startswith(("OMPI", "PRTE"))}
         self.environment = {
             **inherited,
@@ -115,16 +118,18 @@ class Cluster:
         """Wait until a file is there."""
         end = time.monotonic() + seconds
         while not path.exists():
-            assert time.monotonic() < end, self.job(number).log
+            assert time.monotonic() < end, self.jobs(number)[0].log
             time.sleep(0.05)
 
     def cut(self, node: int) -> None:
         """Take a node off the network."""
+        self.lost.add(node)
         subprocess.run([_CLUSTER, "cut", str(node)], check=True)
 
     def mend(self, node: int) -> None:
         """Bring it back, and wait until Slurm has it again."""
         subprocess.run([_CLUSTER, "mend", str(node)], check=True)
+        self.lost.discard(node)
         end = time.monotonic() + 90
         while self.call("sinfo", "-h", "-p", "main", "-o", "%D %t").stdout.split() != ["2", "idle"]:
             assert time.monotonic() < end, self.call("sinfo", "-lN").stdout
@@ -134,6 +139,13 @@ class Cluster:
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[str]:
     """Start the cluster; its configuration file."""
+    # One at a time: another session's would be taken for a dead one's.
+    with (Path(tempfile.gettempdir()) / "testbed-cluster.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield from _started()
+
+
+def _started() -> Iterator[str]:
     started = subprocess.run([_CLUSTER, "up"], capture_output=True, text=True)
     if started.returncode == 3:
         reason = f"no Slurm cluster can be started here: {started.stderr.strip()}"
@@ -151,6 +163,8 @@ def cluster(slurm: str, tmp_path: Path) -> Iterator[Cluster]:
     """Return the cluster, seen from the test's folder; afterwards no job of it is left."""
     here = Cluster(slurm, tmp_path)
     yield here
+    for node in here.lost.copy():  # by a test that failed meanwhile
+        here.mend(node)
     here.call("scancel", "--full", "--user=root")
     here.call("scancel", "--signal=KILL", "--full", "--user=root")
     end = time.monotonic() + 60
