@@ -29,7 +29,6 @@ from written import (
 )
 
 from testbed.errors import UserError
-from testbed.results import storage
 from testbed.results import writer as writer_module
 from testbed.results.opening import open_file
 from testbed.results.provenance import provenance
@@ -599,13 +598,13 @@ def test_a_file_has_its_name_only_when_it_can_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, names = tmp_path / "a.h5", []
-    taken = storage.hold
+    original = os.fsync
 
-    def look(descriptor: int) -> bool:
+    def look(descriptor: int) -> None:
         names.append(sorted(file.name for file in tmp_path.iterdir()))
-        return taken(descriptor)
+        original(descriptor)
 
-    monkeypatch.setattr(storage, "hold", look)
+    monkeypatch.setattr(os, "fsync", look)
     with opened(path):
         assert committed(partial_path(path)) == [0, 0]
     assert names == [["a.h5.creating"]]
