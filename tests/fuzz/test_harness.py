@@ -12,8 +12,12 @@ def test_everything_that_no_reader_may_do_is_a_failure_of_its_kind(tmp_path: Pat
     tally = fuzz("planted", 1, stop=len(READERS), keep=tmp_path)
     names = list(READERS)
     found = {names[failure.number]: failure.what for failure in tally.failures}
-    assert found == {name: what for name, (_, what) in READERS.items() if what}
-    assert tally.outcomes == {"accepted": 2, "failed": len(found)}
+    # Beside others the kernel may take longer than the limit to find so much memory.
+    assert found.pop("takes memory") in ("caught", "took too long (processor)")
+    expected = {name: what for name, (_, what) in READERS.items() if what}
+    expected.pop("takes memory")
+    assert found == expected
+    assert tally.outcomes == {"accepted": 2, "failed": len(found) + 1}
     for failure in tally.failures:
         place = tmp_path / f"planted-1-{failure.number}"
         assert (place / "in" / "data").read_text() == names[failure.number]
@@ -34,8 +38,8 @@ def test_a_failure_says_where() -> None:
 def test_an_input_is_a_function_of_its_numbers(name: str) -> None:
     form = find(name)
     seeds = form.seeds()
-    # In what the program itself writes, HDF5 notes the second at which it was made.
-    again = seeds if name == "resume" else form.seeds()
+    # HDF5, in what the program itself writes, and MATLAB's format note the second of their making.
+    again = seeds if name in ("resume", "svhn") else form.seeds()
     for number in (len(seeds), len(seeds) + 1, len(seeds) + 7):
         one, other = form.draw(seeds, 3, number), form.draw(again, 3, number)
         assert one == other

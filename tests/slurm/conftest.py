@@ -19,10 +19,9 @@ _ROOT = Path(__file__).parents[2]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one process do what is here, before everything else: it takes longest, and waits a lot."""
+    """Begin with what is here: it takes longest, and waits for most of it."""
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in here:
-        item.add_marker(pytest.mark.xdist_group("slurm"))
         item.add_marker(pytest.mark.timeout(400))
     items[:] = [*here, *(item for item in items if item not in set(here))]
 
