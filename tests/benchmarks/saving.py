@@ -90,11 +90,11 @@ def losses(folder: Path, times: int) -> None:
                 told = file["losses/loss"]
                 while len(told) == 0:
                     time.sleep(0.002)
-                    told.id.refresh()
+                    told.refresh()
                 # The loss is written with the first round after it.
                 until_committed.append(time.monotonic() - began)
                 seconds = file["losses/seconds"]
-                seconds.id.refresh()
+                seconds.refresh()
                 until_noticed.append(float(seconds[0]))
         finally:
             kill_tree(process.pid)
