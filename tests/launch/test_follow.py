@@ -304,6 +304,8 @@ def test_a_controller_that_does_not_answer_for_a_while_ends_nothing(path, monkey
 
 
 def test_ctrl_c_ends_the_looking_and_not_the_job(path, capsys):
-    script(path, "scontrol", f"echo '{job('RUNNING').strip()}'; kill -INT $PPID")
+    # When it has answered: while this process sleeps.
+    later = "(sleep 0.5; kill -INT $PPID) >/dev/null 2>&1 &"
+    script(path, "scontrol", f"echo '{job('RUNNING').strip()}'; {later}")
     assert follow("12", [], pause=60) == 130
     assert capsys.readouterr().err == "\njob 12 goes on; `scancel 12` ends it\n"
