@@ -220,7 +220,11 @@ def disturb(
     return done
 
 
-def undisturbed(folder: Path, name: str) -> float:
+# What Open MPI's mpirun says, now and then, in place of starting anything.
+_NOT_STARTED = "listener thread failed to start"
+
+
+def undisturbed(folder: Path, name: str, attempts: int = 3) -> float:
     """Run an experiment as it should be; return how many seconds its rounds take."""
     output = folder / f"{name}.h5"
     partial = folder / f"{name}.h5.partial"
@@ -233,7 +237,11 @@ def undisturbed(folder: Path, name: str) -> float:
         if not partial.exists() and not output.exists():
             began = time.monotonic()
         time.sleep(0.01)
-    assert process.returncode == 0, (folder / f"{name}.log").read_text()
+    said = (folder / f"{name}.log").read_text()
+    if process.returncode != 0 and _NOT_STARTED in said and attempts > 1:
+        (folder / f"{name}.log").unlink()
+        return undisturbed(folder, name, attempts - 1)
+    assert process.returncode == 0, said
     return time.monotonic() - began
 
 
