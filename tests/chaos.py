@@ -75,6 +75,9 @@ ASKED = ("probe", "fedsgd", "fedavg")
 # By name, whether it takes fault tolerance.
 FAULTS = ("client", "clients", "root", "job", "signal")
 STOPPED = 75
+# What Open MPI's mpirun says, now and then, in place of starting anything: where one was killed that
+# had the same process number, its folder is in the way.
+_NOT_STARTED = "listener thread failed to start"
 _LONGEST = 90
 
 
@@ -212,16 +215,16 @@ def disturb(
         finally:
             kill_tree(process.pid)
         text = log.read_text()
+        if status != 0 and _NOT_STARTED in text:
+            log.unlink()
+            done.starts -= 1
+            continue
         assert status != 2, text
         if fault == "signal" and not output.exists():
             assert status == STOPPED or "Traceback" not in text, text
         if tolerant:
             assert output.exists(), f"status {status} after {done.faults}: {text}"
     return done
-
-
-# What Open MPI's mpirun says, now and then, in place of starting anything.
-_NOT_STARTED = "listener thread failed to start"
 
 
 def undisturbed(folder: Path, name: str, attempts: int = 3) -> float:
@@ -232,17 +235,19 @@ def undisturbed(folder: Path, name: str, attempts: int = 3) -> float:
     process = start(
         "run", experiment, "-o", output, ranks=3, log=folder / f"{name}.log", tolerant=False
     )
-    began = time.monotonic()
+    began = ended = time.monotonic()
     while process.poll() is None:
-        if not partial.exists() and not output.exists():
-            began = time.monotonic()
+        if not output.exists():
+            ended = time.monotonic()
+            if not partial.exists():
+                began = ended
         time.sleep(0.01)
     said = (folder / f"{name}.log").read_text()
     if process.returncode != 0 and _NOT_STARTED in said and attempts > 1:
         (folder / f"{name}.log").unlink()
         return undisturbed(folder, name, attempts - 1)
     assert process.returncode == 0, said
-    return time.monotonic() - began
+    return ended - began
 
 
 def main() -> int:
