@@ -75,8 +75,8 @@ ASKED = ("probe", "fedsgd", "fedavg")
 # By name, whether it takes fault tolerance.
 FAULTS = ("client", "clients", "root", "job", "signal")
 STOPPED = 75
-# What Open MPI's mpirun says, now and then, in place of starting anything: where one was killed that
-# had the same process number, its folder is in the way.
+# What Open MPI's mpirun says, now and then, in place of starting anything: the folder of one that
+# was killed, and had the same process number, may be in the way.
 _NOT_STARTED = "listener thread failed to start"
 _LONGEST = 90
 
