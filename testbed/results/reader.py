@@ -216,6 +216,8 @@ class Scenario:
         self.members = (
             checked.length(group, "member") if checked.has(group, "member") else self.clients
         )
+        if self.clients != 1 and self.members != self.clients:
+            raise ValueError(f"{group.name} has {self.members} members and {self.clients} clients")
         self.privacy = checked.parsed(group.attrs, "privacy", dict, "{}")
         for told in (self.parameters, self.swept, self.privacy):
             checked.check_parameters(told)

@@ -361,3 +361,13 @@ def test_reading_changes_nothing(path):
     with open_results(path) as results:
         results.scenarios[0].array("truth/counts")
     assert path.read_bytes() == copy.read_bytes()
+
+
+def test_a_cohort_that_is_more_than_one_update_is_refused(tmp_path):
+    path = build(tmp_path / "run.h5", [Spec(rounds=2, clients=3)])
+    with h5py.File(path, "a") as file:
+        group = file["scenarios/0000"]
+        group["member"] = np.arange(7)
+        group["member"].make_scale("member")
+    with pytest.raises(UserError, match="7 members and 3 clients"):
+        open_results(path)
