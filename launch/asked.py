@@ -1,10 +1,11 @@
 """What is to be run, as `launch local` and `launch slurm` are told it."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from testbed.arguments import positive_seconds
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--deadline",
-        type=_seconds,
+        type=positive_seconds,
         metavar="SECONDS",
         help="in which a rank has to deliver an update, or is taken for lost (default: no limit)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")
-
-
-def _seconds(text: str) -> str:
-    """Check seconds, which are handed on as they are written."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected seconds above 0")
-    return text
 
 
 def read_run(options: argparse.Namespace) -> Asked:
@@ -111,7 +101,7 @@ def read_run(options: argparse.Namespace) -> Asked:
     if options.on_rank_loss != "end":
         words += ["--on-rank-loss", options.on_rank_loss]
     if options.deadline:
-        words += ["--deadline", options.deadline]
+        words += ["--deadline", f"{options.deadline:g}"]
     # Repetitions with models of their own are under way side by side, rounds of a training are not.
     trains = [plan.clients for plan in plans if not plan.fresh_model]
     return Asked(

@@ -1,7 +1,6 @@
 """The command line: ``python -m testbed run | resume | check | data | list``."""
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed import __version__
+from testbed.arguments import positive_seconds
 from testbed.data_commands import add_data_commands
 from testbed.errors import UserError
 
@@ -119,20 +119,10 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--deadline",
-        type=_seconds,
+        type=positive_seconds,
         metavar="SECONDS",
         help="in which a rank has to deliver an update, or is taken for lost (default: no limit)",
     )
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected seconds above 0")
-    return seconds
 
 
 def _add_experiment(parser: argparse.ArgumentParser) -> None:

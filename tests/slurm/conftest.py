@@ -99,7 +99,7 @@ class Cluster:
         (job,) = self.jobs(number)
         return job
 
-    def wait(self, number: str, *states: str, seconds: float = 120) -> list[Job]:
+    def wait(self, number: str, *states: str, seconds: float = 240) -> list[Job]:
         """Wait until a job, or all elements of an array, are in one of some states."""
         end = time.monotonic() + seconds
         while True:
@@ -109,12 +109,12 @@ class Cluster:
             assert time.monotonic() < end, "\n".join(f"{job.facts}\n{job.log}" for job in jobs)
             time.sleep(0.2)
 
-    def finish(self, number: str, seconds: float = 120) -> list[Job]:
+    def finish(self, number: str, seconds: float = 240) -> list[Job]:
         """Wait until a job is over."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         return self.wait(number, *over, seconds=seconds)
 
-    def until(self, path: Path, number: str, seconds: float = 60) -> None:
+    def until(self, path: Path, number: str, seconds: float = 120) -> None:
         """Wait until a file is there."""
         end = time.monotonic() + seconds
         while not path.exists():

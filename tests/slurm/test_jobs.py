@@ -62,7 +62,7 @@ def committed(path):
 def begun(cluster, number, name="training.h5"):
     """Wait until a run has committed rounds and its first checkpoint."""
     cluster.until(cluster.folder / f"{name}.checkpoint", number)
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while not committed(cluster.folder / name):
         assert time.monotonic() < end
         time.sleep(0.1)
