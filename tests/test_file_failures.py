@@ -47,14 +47,21 @@ def committed(path):
 
 
 def start(tmp_path, output, mode, rounds):
+    """Start a run whose rounds take a tenth of a second or more, on any machine."""
     experiment = write_experiment(
         tmp_path / "experiment.yaml",
         federation={"rounds": rounds, "clients": 2, "batch_size": 8},
+        model={"name": "slow_model:Slow", "init": "torch"},
         results={"commit_seconds": 0, "mode": mode},
     )
     line = command("run", experiment, "--progress", "none", "-o", output, ranks=2)
+    slowly = {"PYTHONPATH": str(Path(__file__).parent), "SECONDS_PER_STEP": "0.05"}
     return subprocess.Popen(
-        line, env=environment(), stderr=subprocess.PIPE, start_new_session=True, text=True
+        line,
+        env={**environment(), **slowly},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
     )
 
 

@@ -144,12 +144,29 @@ def test_a_second_sigint_ends_what_has_left_the_group_and_does_not_listen(tmp_pa
     assert "finishing the round (SIGINT" in process.stderr.readline()
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130
+    assert process.wait(timeout=20) == 130
     assert "ended at once" in process.communicate()[1]
     end = time.monotonic() + 5
     while lives(child):
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_a_second_sigint_is_heard_as_soon_as_the_first_was_answered(tmp_path):
+    script = (
+        "signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    for _ in range(10):
+        with started_launcher(tmp_path, script) as process:
+            process.send_signal(signal.SIGINT)
+            process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            try:
+                assert process.wait(timeout=20) == 130
+            finally:
+                kill_tree(process.pid)
 
 
 # Open MPI's mpirun forwards both, MPICH's ends all at the second.

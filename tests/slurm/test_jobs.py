@@ -39,7 +39,7 @@ PLACES = ("--nodes", "2", "--ntasks-per-node", "2")
 def undisturbed(tmp_path_factory):
     """Return a folder with an experiment that takes its time, and its results without any."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    shutil.copy(Path(__file__).with_name("slow_model.py"), folder)
+    shutil.copy(Path(__file__).parents[1] / "slow_model.py", folder)
     write_experiment(folder / "training.yaml", **TRAINING)
     done = run_here("run", "training.yaml", "-o", "undisturbed.h5", cwd=folder)
     assert done.status == 0, done.err
@@ -154,13 +154,13 @@ def test_elements_of_an_array_alone_want_to_know_of_how_many_shares_they_are(clu
 
 def test_a_job_whose_time_is_nearly_up_saves_itself_and_is_queued_again(cluster, training):
     script = cluster.script("run.sbatch")
-    # Slurm looks at the time of its jobs now and then, and may warn half a minute early: between 15
-    # and 45 s after the start. The rounds take as long on any machine, for they sleep.
-    limits = ("--time", "2", "--signal", "B:USR1@75")
-    number = cluster.submit(*PLACES, *limits, script, training, SECONDS_PER_STEP="0.075")
+    # Slurm looks at the time of its jobs now and then, and may warn half a minute early: between 30
+    # and 60 s after the start. The rounds sleep for 60 s in all, on any machine.
+    limits = ("--time", "2", "--signal", "B:USR1@60")
+    number = cluster.submit(*PLACES, *limits, script, training, SECONDS_PER_STEP="0.1")
     (job,) = cluster.finish(number, seconds=240)
     assert job.state == "COMPLETED", job.log
-    assert 1 <= job.restarts <= 6
+    assert job.restarts >= 1
     assert "stopped by SIGUSR1" in job.log
     assert "into the queue again, for the 1. time of 20 at most" in job.log
     with open_results(cluster.folder / "training.h5") as results:
