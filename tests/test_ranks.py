@@ -2,10 +2,12 @@
 
 import os
 import socket
+import subprocess
 import sys
 
 import h5py
 import pytest
+import torch
 from launching import (
     assert_same_results,
     finish,
@@ -19,6 +21,7 @@ from launching import (
 )
 
 from testbed.results.placed import write_ranges
+from testbed.results.reader import open_results
 
 PROBE = {"rounds": 8, "clients": 1, "fresh_model": True, "batch_size": 8}
 COHORTS = {"rounds": 5, "clients": 3, "fresh_model": True, "batch_size": 4}
@@ -166,6 +169,21 @@ def test_results_on_a_gpu_are_bitwise_equal_for_any_number_of_ranks(tmp_path):
     assert_same_results(tmp_path / "1.h5", tmp_path / "3.h5")
     with h5py.File(tmp_path / "3.h5") as file:
         assert all(device.startswith(b"cuda:") for device in file["ranks/device"][:])
+
+
+@pytest.mark.gpu
+@pytest.mark.mpi
+def test_ranks_that_share_a_gpu_name_it_as_the_driver_does(tmp_path):
+    experiment = write_experiment(tmp_path / "e.yaml")
+    ranks = 2 * torch.cuda.device_count()
+    done = run_testbed("run", experiment, "-o", tmp_path / "r.h5", ranks=ranks)
+    assert done.status == 0, done.err
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    with open_results(tmp_path / "r.h5") as results:
+        gpus = [rank.gpu for rank in results.ranks]
+    assert len(set(gpus)) == ranks // 2
+    assert all(f"UUID: {gpu})" in listed.stdout for gpu in gpus)
+    assert done.err.count(" share a GPU of ") == ranks // 2
 
 
 @pytest.mark.gpu

@@ -29,7 +29,8 @@ class Placement:
         The CPUs of the host that it may run on, as in ``0-3,8``; empty where the system does not
         tell.
     gpu
-        Its GPU's UUID, which all ranks of a host see alike; empty on a CPU.
+        Its GPU's UUID, which all ranks of a host see alike, as ``nvidia-smi -L`` writes it
+        (``GPU-...``); empty on a CPU.
     """
 
     host: str
@@ -89,7 +90,8 @@ def place(preference: str, *, host: str, local_rank: int, threads: int) -> Place
         str(device),
         f"{device} {found.name}",
         own_cores(),
-        str(getattr(found, "uuid", "")),
+        # PyTorch leaves out the kind, which the driver, Slurm and CUDA_VISIBLE_DEVICES write.
+        f"GPU-{found.uuid}" if hasattr(found, "uuid") else "",
     )
 
 
