@@ -159,7 +159,7 @@ def _placement(ranks: Sequence["Rank"]) -> list[tuple[str, str]]:
     if len(ranks) <= 8:
         each = [
             f"{rank.rank} {rank.role} on {rank.host}, {rank.device}"
-            + (f", bound to CPUs {rank.cores}" if rank.cores else "")
+            + (f", CPU{'' if rank.cores.isdecimal() else 's'} {rank.cores}" if rank.cores else "")
             for rank in ranks
         ]
         return [("ranks", count), *(("", line) for line in each), *sharing]

@@ -62,6 +62,12 @@ def started(line, tmp_path):
     return process
 
 
+def committed(path):
+    """Return how many rounds of the only scenario can be read."""
+    with open_results(path) as results:
+        return results.scenarios[0].committed
+
+
 def stopped(process, tmp_path):
     """Wait for the end of a run that was asked to stop; return how many rounds it left."""
     try:
@@ -216,6 +222,10 @@ def test_a_second_sigint_to_the_launcher_ends_everything_at_once(tmp_path):
     process = started([str(LAUNCHER), "-n", "2", *words, "--progress", "none"], tmp_path)
     ranks = ranks_of(process.pid)
     assert sorted(ranks) == [0, 1]
+    end = time.monotonic() + 60
+    while not committed(tmp_path / "r.h5"):
+        assert time.monotonic() < end
+        time.sleep(0.02)
     os.kill(ranks[0], signal.SIGSTOP)  # so that it cannot stop by itself
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -223,7 +233,7 @@ def test_a_second_sigint_to_the_launcher_ends_everything_at_once(tmp_path):
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     try:
-        assert process.wait(timeout=10) == 130
+        assert process.wait(timeout=20) == 130
         while any(map(lives, ranks.values())):
             assert time.monotonic() - began < 5
             time.sleep(0.02)
@@ -232,8 +242,7 @@ def test_a_second_sigint_to_the_launcher_ends_everything_at_once(tmp_path):
         for rank in filter(lives, ranks.values()):
             os.kill(rank, signal.SIGKILL)
     assert "ended at once; what is committed is readable" in (tmp_path / "log").read_text()
-    with open_results(tmp_path / "r.h5") as results:
-        assert results.scenarios[0].committed > 0
+    assert committed(tmp_path / "r.h5") > 0
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])

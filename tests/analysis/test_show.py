@@ -22,7 +22,7 @@ def test_a_complete_file(tmp_path):
         "Open MPI 5.0.6",
         "4711",
         "3 ranks on 2 hosts",
-        "1 client on node1, cuda:0 NVIDIA H200, bound to CPUs 1-3,8",
+        "1 client on node1, cuda:0 NVIDIA H200, CPUs 1-3,8",
         "2 client on node22, cuda:0 NVIDIA H200",
         "numpy 2.0",
         "testbed run x.yaml",
