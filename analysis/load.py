@@ -17,7 +17,8 @@ from testbed.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from testbed.results.reader import AttackInfo, Scenario
+    from testbed.results.reader import Scenario
+    from testbed.results.records import AttackInfo
 
 # Parameters that every frame has as columns, swept or not.
 STANDARD = {

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from analysis.stored import StoredScenario
     from testbed.attacks import Attack, Calibration, Observations
     from testbed.results.reader import Results
-    from testbed.results.writer import AttackHeader, ResultsWriter, ScenarioHeader
+    from testbed.results.records import AttackInfo, ScenarioHeader
+    from testbed.results.writer import ResultsWriter
 
 # Of a block of rounds, all arrays together; a single round may be larger.
 _BLOCK_BYTES = 1 << 27
@@ -70,7 +71,7 @@ def replay(
     from analysis.stored import StoredScenario
     from testbed.results.opening import open_file
     from testbed.results.reader import open_results
-    from testbed.results.writer import RankHeader, ResultsWriter, partial_path
+    from testbed.results.writer import ResultsWriter, partial_path
 
     chosen, output = replayed_attacks(attacks), Path(output)
     with open_results(path) as results, open_file(results.path) as file:
@@ -83,10 +84,7 @@ def replay(
         writer = ResultsWriter(
             output,
             attributes=_attributes(results, chosen),
-            ranks=[
-                RankHeader(rank.host, rank.device, rank.role, rank.local_rank, rank.cores, rank.gpu)
-                for rank in results.ranks
-            ],
+            ranks=results.ranks,
             scenarios=[scenario.header for scenario in scenarios],
             overwrite=overwrite,
         )
@@ -341,8 +339,8 @@ class _Scenario:
         )
 
     def _header(self, chosen: Sequence[Replayed], kept: Sequence[str]) -> "ScenarioHeader":
+        from testbed.results.records import ScenarioHeader
         from testbed.results.schema import scenario_arrays, used_lengths
-        from testbed.results.writer import AttackHeader, ScenarioHeader
 
         stored, scenario = self._stored, self._stored.scenario
         made = scenario_arrays(
@@ -376,18 +374,18 @@ class _Scenario:
             lengths=used_lengths(arrays, lengths),
             arrays=arrays,
             attacks={
-                **{label: AttackHeader(**vars(scenario.attacks[label])) for label in kept},
+                **{label: scenario.attacks[label] for label in kept},
                 **{one.label: self._described(one) for one in chosen},
             },
             privacy=scenario.privacy,
         )
 
-    def _described(self, one: Replayed) -> "AttackHeader":
+    def _described(self, one: Replayed) -> "AttackInfo":
         from testbed.attacks.assumptions import assumptions
-        from testbed.results.writer import AttackHeader
+        from testbed.results.records import AttackInfo
 
         attack = one.attack
-        return AttackHeader(
+        return AttackInfo(
             name=attack.name,
             title=attack.title,
             knowledge=attack.knowledge.value,

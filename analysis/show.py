@@ -13,7 +13,8 @@ from testbed.defenses.described import NONE, defense_label, named
 from testbed.results.placed import describe_sharing
 
 if TYPE_CHECKING:
-    from testbed.results.reader import Rank, Results, Scenario, Start
+    from testbed.results.reader import Results, Scenario
+    from testbed.results.records import Rank, Start
 
 # How many starts and losses at either end of a long list are shown.
 _SHOWN = 4

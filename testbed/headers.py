@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from testbed.attacks.assumptions import assumptions, broken_assumptions, not_applicable
 from testbed.experiment import Scenario
 from testbed.plan import ScenarioPlan
+from testbed.results.records import AttackInfo, ScenarioHeader
 from testbed.results.schema import scenario_arrays, used_lengths
-from testbed.results.writer import AttackHeader, ScenarioHeader
 
 if TYPE_CHECKING:  # it imports torch
     from testbed.startup import Setups
@@ -77,7 +77,7 @@ def scenario_header(
         lengths=lengths,
         arrays=arrays,
         attacks={
-            label: AttackHeader(
+            label: AttackInfo(
                 name=entry.attack.name,
                 title=entry.attack.title,
                 knowledge=entry.attack.knowledge.value,

@@ -16,7 +16,8 @@ from testbed.failure import Position
 from testbed.plan import ScenarioPlan
 from testbed.progress import Progress
 from testbed.results.placed import describe_hosts, describe_sharing
-from testbed.results.writer import LossRecord, RankHeader, ResultsWriter
+from testbed.results.records import Loss, Rank
+from testbed.results.writer import ResultsWriter
 from testbed.signals import EXIT_STOPPED, StopSignal
 from testbed.transport.base import ClientState, Lost, Transport, Worker
 
@@ -274,7 +275,7 @@ class Root:
         for lost, reason, since, where in self._losses:
             places = [plan.position for plan in self._plans if plan.index == where.scenario]
             self._writer.record_loss(
-                LossRecord(
+                Loss(
                     rank=lost.number,
                     host=lost.host,
                     reason=reason,
@@ -315,7 +316,7 @@ class Root:
         )
         return EXIT_STOPPED
 
-    def tell_placement(self, ranks: Sequence[RankHeader], threads: int) -> None:
+    def tell_placement(self, ranks: Sequence[Rank], threads: int) -> None:
         """Tell the user where the ranks are, and what they share."""
         if len(ranks) > 1:
             kinds = dict.fromkeys(rank.device.partition(" ")[2] or rank.device for rank in ranks)

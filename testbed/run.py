@@ -25,7 +25,8 @@ from testbed.headers import scenario_header
 from testbed.naming import check_new_name, check_replaceable
 from testbed.plan import ScenarioPlan, Task, make_plan
 from testbed.results.provenance import provenance
-from testbed.results.writer import RankHeader, ResultsWriter, ScenarioHeader, check_output
+from testbed.results.records import Rank, ScenarioHeader
+from testbed.results.writer import ResultsWriter, check_output
 from testbed.root import Beginning, Root, RunStopped
 from testbed.signals import StopSignal
 from testbed.transport.base import ClientState, Lost, RanksLost, Transport, Worker
@@ -282,7 +283,8 @@ class _Run:
         role = "client"
         if transport.is_root:
             role = "server" if transport.size > 1 else "server+client"
-        here = RankHeader(
+        here = Rank(
+            transport.rank,
             transport.host,
             placement.description,
             role,
@@ -311,7 +313,7 @@ class _Run:
         setups.make(self._plans[0])
         return []
 
-    def _open(self, headers: Sequence[ScenarioHeader], ranks: Sequence[RankHeader]) -> Root:
+    def _open(self, headers: Sequence[ScenarioHeader], ranks: Sequence[Rank]) -> Root:
         """Begin the results file, or go on with it."""
         experiment, begun, output = self._resolved.experiment, self._job.begun, self._options.output
         attributes = {

@@ -7,8 +7,8 @@ from torch import nn
 
 from testbed.experiment import ResolvedExperiment, parse_experiment
 from testbed.plan import ScenarioPlan, make_plan
+from testbed.results.records import AttackInfo, Rank, ScenarioHeader
 from testbed.results.schema import scenario_arrays
-from testbed.results.writer import AttackHeader, RankHeader, ScenarioHeader
 from testbed.startup import ScenarioSetup, Setups
 from testbed.transport.local import LocalTransport
 
@@ -20,7 +20,7 @@ federation: {rounds: 3, clients: 2, batch_size: 4}
 attacks: [llg]
 """
 
-RANKS = [RankHeader(host="here", device="cpu", role="server+client", local_rank=0)]
+RANKS = [Rank(rank=0, host="here", device="cpu", role="server+client", local_rank=0)]
 
 
 def resolve(*overrides: str) -> ResolvedExperiment:
@@ -84,8 +84,8 @@ def header_of(plan: ScenarioPlan, setup: ScenarioSetup) -> ScenarioHeader:
         del lengths["feature"]
     elif layout.buffers:
         lengths["buffer"] = layout.buffers
-    attacks: Mapping[str, AttackHeader] = {
-        label: AttackHeader(
+    attacks: Mapping[str, AttackInfo] = {
+        label: AttackInfo(
             attack.name, attack.title, attack.knowledge.value, attack.source, attack.options()
         )
         for label, attack in setup.attacks.items()

@@ -10,14 +10,14 @@ import h5py
 import numpy as np
 
 from testbed.results.events import declare_tables
-from testbed.results.headers import RankHeader, ScenarioHeader
+from testbed.results.records import Rank, ScenarioHeader
 from testbed.results.schema import FILE_ENCODING, chunk_shape
 
 
 def declare(
     root: h5py.File,
     attributes: Mapping[str, str],
-    ranks: Sequence[RankHeader],
+    ranks: Sequence[Rank],
     scenarios: Sequence[ScenarioHeader],
 ) -> None:
     """Create everything that a results file has, but for the rows of its tables.

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from testbed.results.headers import LossRecord, RankHeader, now
+from testbed.results.records import Loss, Rank, now
 from testbed.results.schema import FILE_ENCODING
 
 # Of each column its type; text is cut to fit.
@@ -51,7 +51,7 @@ def declare_tables(root: h5py.File) -> None:
 
 
 def start_row(
-    attributes: Mapping[str, str], ranks: Sequence[RankHeader], committed: int
+    attributes: Mapping[str, str], ranks: Sequence[Rank], committed: int
 ) -> dict[str, Any]:
     """Return the row of a start.
 
@@ -81,7 +81,7 @@ def start_row(
     }
 
 
-def loss_row(loss: LossRecord, start: int) -> dict[str, Any]:
+def loss_row(loss: Loss, start: int) -> dict[str, Any]:
     """Return the row of a lost rank, in the start of that number."""
     return {**{name: getattr(loss, name) for name in LOSSES if name != "start"}, "start": start}
 

@@ -2,23 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # NumPy is not needed here: `launch doctor` has no package.
+    from testbed.results.records import Rank
 
 
-class Placed(Protocol):
-    """A rank, as `RankHeader` and `Rank` have it."""
-
-    @property
-    def host(self) -> str: ...  # noqa: D102
-    @property
-    def device(self) -> str: ...  # noqa: D102
-    @property
-    def cores(self) -> str: ...  # noqa: D102
-    @property
-    def gpu(self) -> str: ...  # noqa: D102
-
-
-def describe_hosts(ranks: Sequence[Placed]) -> str:
+def describe_hosts(ranks: Sequence["Rank"]) -> str:
     """Return how many ranks there are on which hosts: ``4 ranks on 2 hosts: n1 (2), n2 (2)``."""
     hosts = Counter(rank.host for rank in ranks)
     names = [f"{host} ({count})" for host, count in hosts.items()]
@@ -27,7 +18,7 @@ def describe_hosts(ranks: Sequence[Placed]) -> str:
     return f"{_number(len(ranks), 'rank')} on {_number(len(hosts), 'host')}: {', '.join(names)}"
 
 
-def describe_sharing(ranks: Sequence[Placed], threads: int | None = None) -> list[str]:
+def describe_sharing(ranks: Sequence["Rank"], threads: int | None = None) -> list[str]:
     """Return one line for each GPU, and for each host's CPUs, that are too few for its ranks.
 
     Parameters

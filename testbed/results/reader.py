@@ -5,169 +5,31 @@ rounds of a scenario is ever returned.
 """
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
 import h5py
-import numpy as np
 from numpy.typing import NDArray
 
 from testbed.errors import UserError, suggest
 from testbed.results import checked
+from testbed.results.encodings import (
+    damaged,
+    dispatch,
+    member,
+    read_array,
+    reader_of,
+    reading,
+    reads,
+)
 from testbed.results.opening import PARTIAL, locate, open_file
-from testbed.results.schema import ANSWERS
+from testbed.results.records import AttackInfo, Loss, Rank, Start
 
 _ROOT = "testbed-results"
 # Root attributes that tell one run from another.
 _OWN = {"created", "experiment", "run", "share"}
-# A writer may be replacing a chunk at the very moment that it is read.
-_ATTEMPTS, _PAUSE_SECONDS = 5, 0.05
-
-_Reader = Callable[[h5py.Group], Any]
-_READERS: dict[tuple[str, int], _Reader] = {}
-
-
-@dataclass(frozen=True)
-class Rank:
-    """Where a rank computed.
-
-    Attributes
-    ----------
-    rank, local_rank
-        In the world, and on its host.
-    host
-        Host name.
-    device
-        ``cpu`` or ``cuda:N NAME``.
-    role
-        ``server``, ``client`` or ``server+client``.
-    cores
-        The CPUs of the host that it may run on, as in ``0-3,8``. Empty where that is not known, as
-        before version 1.4.
-    gpu
-        What tells its GPU from all others, whatever numbers the ranks give it. Empty on a CPU, and
-        where that is not known.
-    """
-
-    rank: int
-    host: str
-    device: str
-    role: str
-    local_rank: int
-    cores: str = ""
-    gpu: str = ""
-
-
-@dataclass(frozen=True)
-class AttackInfo:
-    """What an attack was.
-
-    Attributes
-    ----------
-    name, title, source
-        As registered; ``source`` names the publication.
-    knowledge
-        ``gradients``, ``model``, ``auxiliary``, ``malicious`` or ``truth``.
-    options
-        Its knobs.
-    answers
-        ``counts``, ``presence`` or ``distribution``: the name of the array with its answers.
-    observes, assumes
-        The parts of an update that it looks at, and what it takes for granted.
-    broken
-        Those of its assumptions that the scenario breaks, and what was found instead.
-    not_applicable
-        Why it was not run in this scenario; empty where it was.
-    target
-        Which truth its answers are about: the ``update``'s own labels, or those ``accumulated``
-        over all updates of the client so far.
-    adapted, adaptation
-        Label of the plain attack that it is, as run by someone who knows the defences, and what
-        that one does about each; both empty for a plain attack.
-    """
-
-    name: str
-    title: str
-    knowledge: str
-    source: str
-    options: Mapping[str, Any]
-    answers: str = "counts"
-    observes: Sequence[str] = ()
-    assumes: Sequence[str] = ()
-    broken: Mapping[str, str] = field(default_factory=dict)
-    not_applicable: str = ""
-    target: str = "update"
-    adapted: str = ""
-    adaptation: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Start:
-    """One start of the run: the first, or one that went on with the file.
-
-    Attributes
-    ----------
-    time
-        ISO 8601, UTC.
-    ranks
-        Size of the world.
-    hosts
-        Their names, separated by commas.
-    library
-        The MPI library; empty for a run without MPI.
-    software
-        Versions, as JSON; cut off where it was too long.
-    command, slurm_job
-        The command line, and the number of the job; empty outside Slurm.
-    committed
-        Rounds of all scenarios that were there already.
-    """
-
-    time: str
-    ranks: int
-    hosts: str
-    library: str
-    software: str
-    command: str
-    slurm_job: str
-    committed: int
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A rank that was lost while the run went on.
-
-    Attributes
-    ----------
-    time
-        ISO 8601, UTC.
-    rank
-        Its number in the world as it was at the start.
-    host
-        Where it was.
-    reason
-        ``killed`` or ``stuck``.
-    start
-        During which start, from 0.
-    scenario, round
-        Where the run was: number of the scenario in the file, and of the round.
-    seconds
-        Until the round went on.
-    """
-
-    time: str
-    rank: int
-    host: str
-    reason: str
-    start: int
-    scenario: int
-    round: int
-    seconds: float
 
 
 class Scenario:
@@ -221,7 +83,7 @@ class Scenario:
         self.privacy = checked.parsed(group.attrs, "privacy", dict, "{}")
         for told in (self.parameters, self.swept, self.privacy):
             checked.check_parameters(told)
-        infos = cast("dict[str, AttackInfo]", _dispatch(_member(group, "attacks"), "attacks"))
+        infos = cast("dict[str, AttackInfo]", dispatch(member(group, "attacks"), "attacks"))
         # HDF5 lists names alphabetically; the experiment's own order is the one to show.
         listed = self.parameters.get("attacks") or ()
         order = [str(item.get("label")) for item in listed if isinstance(item, Mapping)]
@@ -230,7 +92,7 @@ class Scenario:
 
     def has(self, name: str) -> bool:
         """Return whether there is an array of that path, such as ``truth/counts``."""
-        with _reading(self._group.file):
+        with reading(self._group.file):
             return isinstance(checked.find(self._group, name), h5py.Dataset)
 
     def array(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
@@ -250,17 +112,17 @@ class Scenario:
             There is no such array, its encoding is unknown, or it is damaged.
         """
         file = self._group.file
-        with _reading(file):
+        with reading(file):
             dataset = self._find(name)
             if name not in self._axes:
                 self._axes[name] = self._check(name, dataset)
             if self._axes[name][:1] != ("round",):
                 checked.check_claim(dataset, dataset.nbytes)
-                return _read(dataset, slice(None))
+                return read_array(dataset, slice(None))
             stop = self.committed if stop is None else min(stop, self.committed)
             stop = max(start, stop)
             checked.check_claim(dataset, (stop - start) * dataset.nbytes // len(dataset))
-            return _read(dataset, slice(start, stop))
+            return read_array(dataset, slice(start, stop))
 
     def blocks(self, entries: int = 4_000_000) -> Iterator[tuple[int, int]]:
         """Yield ranges of committed rounds whose [round, client, class] arrays are of that size."""
@@ -275,7 +137,7 @@ class Scenario:
         if name not in self._axes:
             for part in name.split("/")[:-1]:
                 group = group[part]
-                _reader(group)
+                reader_of(group)
         return dataset
 
     def _check(self, name: str, dataset: h5py.Dataset) -> tuple[str, ...]:
@@ -289,7 +151,7 @@ class Scenario:
 
     def damaged(self, reason: str) -> UserError:
         """Return what to raise where the arrays hold what no run writes."""
-        return _damaged(self._group.file, f"scenario {self.index}: {reason}")
+        return damaged(self._group.file, f"scenario {self.index}: {reason}")
 
     def _missing(self, name: str) -> UserError:
         known: list[str] = []
@@ -322,8 +184,8 @@ class Results:
     def __init__(self, file: h5py.File, path: Path) -> None:
         self._file = file
         self.path = path
-        with _reading(file):
-            content = _dispatch(file, _ROOT)
+        with reading(file):
+            content = dispatch(file, _ROOT)
             self.attributes: dict[str, Any] = content["attributes"]
             self.ranks: Sequence[Rank] = content["ranks"]
             self.scenarios: Sequence[Scenario] = content["scenarios"]
@@ -349,11 +211,11 @@ class Results:
     def refresh(self) -> None:
         """Take up what has been committed since; cheap on a complete file."""
         self._follow()
-        with _reading(self._file):
+        with reading(self._file):
             counts = checked.member(self._file, "committed_rounds", h5py.Dataset)
             if counts.shape != (len(self.scenarios),) or counts.dtype.kind != "i":
                 raise ValueError(f"{counts.name} is {counts.dtype} of shape {counts.shape}")
-            committed = _read(counts, slice(None))
+            committed = read_array(counts, slice(None))
             for scenario, count in zip(self.scenarios, committed.tolist(), strict=True):
                 if not 0 <= count <= scenario.rounds:
                     raise ValueError(
@@ -362,8 +224,8 @@ class Results:
                     )
                 scenario.committed = count
             if checked.has(self._file, "starts"):  # since version 1.3
-                self.starts = _dispatch(_member(self._file, "starts"), "starts")
-                self.losses = _dispatch(_member(self._file, "losses"), "losses")
+                self.starts = dispatch(member(self._file, "starts"), "starts")
+                self.losses = dispatch(member(self._file, "losses"), "losses")
 
     def _follow(self) -> None:
         """Open the file that has the name now, where the writer has put another one in its place.
@@ -384,8 +246,8 @@ class Results:
             return
         found, file = _open(self.path)
         try:
-            with _reading(file):
-                _reader(file, _ROOT)
+            with reading(file):
+                reader_of(file, _ROOT)
                 if any(
                     file.attrs[key] != self.attributes.get(key) for key in file.attrs.keys() & _OWN
                 ):
@@ -448,191 +310,26 @@ def _open(path: Path) -> tuple[Path, h5py.File]:
                 raise
 
 
-@contextmanager
-def _reading(file: h5py.File) -> Iterator[None]:
-    """Turn what HDF5 says of a damaged file into one line for the user."""
-    try:
-        yield
-    except UserError:
-        raise
-    # A damaged file can fail in any way that HDF5 can.
-    except Exception as error:
-        if not file:
-            raise ValueError("the results file is closed") from None
-        reason = str(error.args[0] if error.args else type(error).__name__)[:200]
-        raise _damaged(file, reason) from error
-
-
-def _damaged(file: h5py.File, reason: str) -> UserError:
-    return UserError(f"{file.filename}: the file is truncated or damaged ({reason}): copy it again")
-
-
-def _read(dataset: h5py.Dataset, selection: slice) -> NDArray[Any]:
-    growing = dataset.file.swmr_mode
-    for attempt in range(_ATTEMPTS):
-        if growing:
-            dataset.id.refresh()
-        try:
-            return cast("NDArray[Any]", dataset[selection])
-        except OSError as error:
-            if not growing or attempt == _ATTEMPTS - 1:
-                raise OSError(f"{dataset.name}: {error}") from None
-            time.sleep(_PAUSE_SECONDS)
-    raise AssertionError("unreachable")
-
-
-def _reads(kind: str, major: int) -> Callable[[_Reader], _Reader]:
-    """Register the reader of groups with that ``encoding-type`` and major version."""
-
-    def add(reader: _Reader) -> _Reader:
-        _READERS[kind, major] = reader
-        return reader
-
-    return add
-
-
-def _dispatch(group: h5py.Group, expected: str) -> Any:
-    """Read a group with the reader of its encoding."""
-    return _reader(group, expected)(group)
-
-
-def _reader(group: h5py.Group, expected: str | None = None) -> _Reader:
-    """Return the reader of a group's encoding; `UserError` where that is not known here."""
-    name = group.file.filename
-    kind, version = group.attrs.get("encoding-type"), group.attrs.get("encoding-version")
-    if not isinstance(kind, str) or not isinstance(version, str):
-        if group.name == "/":
-            raise UserError(
-                f"{name}: this is an HDF5 file, but no results file of this testbed (its root has "
-                "no attribute encoding-type)"
-            )
-        raise ValueError(f"the group {group.name} has no encoding-type")
-    majors = sorted(known for known_kind, known in _READERS if known_kind == kind)
-    if not majors or kind != (expected or kind):
-        wanted = repr(expected) if expected else suggest(kind, {known for known, _ in _READERS})
-        raise UserError(
-            f"{name}: {group.name} has the encoding-type {kind!r}, expected {wanted}: this is no "
-            "results file of this testbed, or one of a newer version"
-        )
-    major = version.partition(".")[0]
-    if major not in map(str, majors):
-        raise UserError(
-            f"{name}: {group.name} ({kind}) is of version {version}, this program reads version "
-            f"{', '.join(map(str, majors))}: install a matching label-leakage-testbed"
-        )
-    return _READERS[kind, int(major)]
-
-
-@_reads(_ROOT, 1)
+@reads(_ROOT, 1)
 def _root(group: h5py.Group) -> dict[str, Any]:
     told = checked.scalars(group.attrs)
     attributes = {key: value for key, value in told.items() if "encoding-" not in key}
     return {
         "attributes": attributes,
-        "ranks": _dispatch(_member(group, "ranks"), "ranks"),
-        "scenarios": _dispatch(_member(group, "scenarios"), "scenarios"),
+        "ranks": dispatch(member(group, "ranks"), "ranks"),
+        "scenarios": dispatch(member(group, "scenarios"), "scenarios"),
     }
 
 
-@_reads("ranks", 1)
-def _ranks(group: h5py.Group) -> list[Rank]:
-    text = [_column(group, name, "S") for name in ("host", "device", "role")]
-    columns = [_column(group, "rank", "i"), *text, _column(group, "local_rank", "i")]
-    # Since version 1.4.
-    columns += [_column(group, name, "S") for name in ("cores", "gpu") if checked.has(group, name)]
-    return [Rank(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
-
-
-@_reads("starts", 1)
-def _starts(group: h5py.Group) -> list[Start]:
-    return [Start(**row) for row in _rows(group, "start", Start)]
-
-
-@_reads("losses", 1)
-def _losses(group: h5py.Group) -> list[Loss]:
-    return [Loss(**row) for row in _rows(group, "loss", Loss)]
-
-
-def _rows(group: h5py.Group, axis: str, kind: type[Start | Loss]) -> list[dict[str, Any]]:
-    """Return the rows of a table that grows: as many as its axis is long."""
-    length = len(_column(group, axis, "i"))
-    kinds = {"str": "S", "int": "i", "float": "f"}
-    columns = {
-        item.name: _column(group, item.name, kinds[str(getattr(item.type, "__name__", item.type))])
-        for item in fields(kind)
-    }
-    for name, column in columns.items():
-        if len(column) < length:
-            raise ValueError(f"{group.name}/{name} has {len(column)} rows, expected {length}")
-        columns[name] = column[:length]
-    lists = (column.tolist() for column in columns.values())
-    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
-
-
-@_reads("scenarios", 1)
+@reads("scenarios", 1)
 def _scenarios(group: h5py.Group) -> list[Scenario]:
     names = [f"{index:04d}" for index in range(sum(name.isdecimal() for name in group))]
-    scenarios = [_dispatch(_member(group, name), "scenario") for name in names]
+    scenarios = [dispatch(member(group, name), "scenario") for name in names]
     if len({scenario.number for scenario in scenarios}) < len(scenarios):
         raise ValueError(f"{group.name} holds two scenarios of the same number")
     return scenarios
 
 
-def _member(group: h5py.Group, name: str) -> h5py.Group:
-    return checked.member(group, name, h5py.Group)
-
-
-def _column(group: h5py.Group, name: str, kind: str) -> NDArray[Any]:
-    """Return a column of a table; of the kind ``S`` as text."""
-    dataset = checked.member(group, name, h5py.Dataset)
-    if dataset.ndim != 1 or dataset.dtype.kind != kind:
-        raise ValueError(f"{dataset.name} is {dataset.dtype} of shape {dataset.shape}")
-    checked.check_claim(dataset, dataset.nbytes)
-    values = _read(dataset, slice(None))
-    return np.char.decode(values, "ascii") if kind == "S" else values
-
-
-@_reads("scenario", 1)
+@reads("scenario", 1)
 def _scenario(group: h5py.Group) -> Scenario:
     return Scenario(group, int(group.name.rpartition("/")[2]))
-
-
-@_reads("attacks", 1)
-def _attacks(group: h5py.Group) -> "dict[str, AttackInfo]":
-    return {label: _describe(_member(group, label)) for label in group}
-
-
-def _describe(group: h5py.Group) -> AttackInfo:
-    _dispatch(group, "attack")
-    told = group.attrs
-    info = AttackInfo(
-        **{key: checked.text(told, key) for key in ("name", "title", "knowledge", "source")},
-        options=checked.parsed(told, "options", dict),
-        # Versions 1.0 and 1.1 said less.
-        answers=checked.text(told, "answers", "counts"),
-        observes=checked.parsed(told, "observes", list, "[]"),
-        assumes=checked.parsed(told, "assumes", list, "[]"),
-        broken=checked.parsed(told, "broken_assumptions", dict, "{}"),
-        not_applicable=checked.text(told, "not_applicable", ""),
-        target=checked.text(told, "target", "update"),
-        adapted=checked.text(told, "adapted", ""),
-        adaptation=checked.parsed(told, "adaptation", list, "[]"),
-    )
-    texts = [*info.observes, *info.assumes, *info.adaptation, *info.broken.values()]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{group.name} has lists of something else than text")
-    if info.answers not in ANSWERS or info.target not in ("update", "accumulated"):
-        raise ValueError(f"{group.name} answers {info.answers!r} about {info.target!r}")
-    return info
-
-
-@_reads("truth", 1)
-@_reads("observations", 1)
-@_reads("attack", 1)
-@_reads("calibration", 1)
-@_reads("rounds", 1)
-@_reads("updates", 1)
-@_reads("timings", 1)
-@_reads("attack-timings", 1)
-def _arrays(group: h5py.Group) -> h5py.Group:
-    return group

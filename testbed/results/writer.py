@@ -23,20 +23,16 @@ from testbed.errors import UserError
 from testbed.results.chunks import copy_all, datasets
 from testbed.results.declaring import declare, scenario_name
 from testbed.results.events import add_row, loss_row, start_row
-from testbed.results.headers import AttackHeader, LossRecord, RankHeader, ScenarioHeader
 from testbed.results.output import check_output, compact_path, partial_path, reason
+from testbed.results.records import Loss, Rank, ScenarioHeader
 from testbed.results.resuming import copy_rounds, take_over, unfinished
 from testbed.results.room import reserve
 from testbed.results.schema import PAGE_BYTES, chunk_shape
 from testbed.results.storage import FAILURES, SLACK, abandon, begin, create
 
 __all__ = [
-    "AttackHeader",
-    "LossRecord",
-    "RankHeader",
     "ResultsWriter",
     "Rows",
-    "ScenarioHeader",
     "check_output",
     "partial_path",
 ]
@@ -83,7 +79,7 @@ class ResultsWriter:
         path: Path,
         *,
         attributes: Mapping[str, str],
-        ranks: Sequence[RankHeader],
+        ranks: Sequence[Rank],
         scenarios: Sequence[ScenarioHeader],
         overwrite: bool = False,
         commit_seconds: float = 1.0,
@@ -95,7 +91,7 @@ class ResultsWriter:
         self._commit_seconds = commit_seconds
         self._pending: list[tuple[int, int, Rows]] = []
         self._pending_bytes = 0
-        self._losses: list[LossRecord] = []
+        self._losses: list[Loss] = []
         self._failed = False
         self._attributes, self._ranks = attributes, ranks
         self._committed = [0] * len(scenarios)
@@ -125,7 +121,7 @@ class ResultsWriter:
         path: Path,
         *,
         attributes: Mapping[str, str],
-        ranks: Sequence[RankHeader],
+        ranks: Sequence[Rank],
         scenarios: Sequence[ScenarioHeader],
         commit_seconds: float = 1.0,
         mode: str = "auto",
@@ -194,7 +190,7 @@ class ResultsWriter:
             with self._writing():
                 self._write_pending()
 
-    def record_loss(self, loss: LossRecord) -> None:
+    def record_loss(self, loss: Loss) -> None:
         """Note that a rank was lost; on disk when this returns, with all rounds so far."""
         self._losses.append(loss)
         self.commit()

@@ -18,14 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from testbed.results.records import AttackInfo, Rank, ScenarioHeader
 from testbed.results.schema import scenario_arrays
-from testbed.results.writer import (
-    AttackHeader,
-    RankHeader,
-    ResultsWriter,
-    ScenarioHeader,
-    partial_path,
-)
+from testbed.results.writer import ResultsWriter, partial_path
 
 CLIENTS, CLASSES, FEATURES, ROUNDS = 8, 10, 128, 30_000
 
@@ -45,7 +40,7 @@ def header(attacks: int, *, weights: bool) -> ScenarioHeader:
         arrays=scenario_arrays(
             bias=True, weight=weights, attacks=dict.fromkeys(labels, ("counts", calibration))
         ),
-        attacks=dict.fromkeys(labels, AttackHeader("llg", "LLG", "gradients", "", {})),
+        attacks=dict.fromkeys(labels, AttackInfo("llg", "LLG", "gradients", "", {})),
     )
 
 
@@ -69,7 +64,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
 
 def options(scenario: ScenarioHeader) -> dict[str, Any]:
     """Return what a writer is told."""
-    ranks = [RankHeader("here", "cpu", "server+client", 0)]
+    ranks = [Rank(0, "here", "cpu", "server+client", 0)]
     told: dict[str, Any] = {"attributes": {}, "ranks": ranks, "scenarios": [scenario]}
     return {**told, "commit_seconds": 3600.0}
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,14 @@ from written import HEADER, RANKS, committed, in_child, make, opened, resume, ro
 
 from testbed.results.events import LOSSES, STARTS
 from testbed.results.opening import open_file
-from testbed.results.reader import Loss, Start, open_results
-from testbed.results.writer import LossRecord, partial_path
+from testbed.results.reader import open_results
+from testbed.results.records import Loss, Start
+from testbed.results.writer import partial_path
 
 
-def numbered(number: int) -> LossRecord:
+def numbered(number: int) -> Loss:
     """Return a loss all of whose values tell its number."""
-    return LossRecord(
+    return Loss(
         rank=number,
         host=f"node{number}",
         reason=f"killed {number}",
@@ -32,10 +34,7 @@ def numbered(number: int) -> LossRecord:
 
 
 def as_read(number: int, start: int = 0) -> Loss:
-    record = numbered(number)
-    return Loss(
-        record.time, number, record.host, record.reason, start, number, number, record.seconds
-    )
+    return replace(numbered(number), start=start)
 
 
 @pytest.mark.parametrize("mode", ["swmr", "flush"])
@@ -115,7 +114,7 @@ def test_text_is_cut_to_fit_and_what_is_not_ascii_is_escaped(tmp_path: Path) -> 
     path = tmp_path / "a.h5"
     told = {"command": "x" * 3000, "slurm_job": "größe"}
     with opened(path, attributes=told, ranks=RANKS[:1] * 3) as writer:
-        writer.record_loss(LossRecord(1, "h" * 300, "stuck", 0, 0, float("nan")))
+        writer.record_loss(Loss(1, "h" * 300, "stuck", 0, 0, float("nan")))
         with open_results(path) as results:
             (start,), (loss,) = results.starts, results.losses
     assert start.command == "x" * 1024

@@ -3,13 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.results.headers import RankHeader
 from testbed.results.placed import describe_hosts, describe_sharing, read_ranges, write_ranges
+from testbed.results.records import Rank
 
 
 def rank(host, *, cores="0-3", gpu=""):
     device = "cuda:0 NVIDIA H200" if gpu else "cpu"
-    return RankHeader(host, device, "client", 0, cores, gpu)
+    return Rank(0, host, device, "client", 0, cores, gpu)
 
 
 @given(st.sets(st.integers(0, 300)))

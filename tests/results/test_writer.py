@@ -32,13 +32,14 @@ from testbed.errors import UserError
 from testbed.results import writer as writer_module
 from testbed.results.opening import open_file
 from testbed.results.provenance import provenance
+from testbed.results.records import ScenarioHeader
 from testbed.results.schema import (
     FILE_ENCODING,
     chunk_shape,
     scenario_arrays,
     uncompressed_bytes,
 )
-from testbed.results.writer import ScenarioHeader, check_output, partial_path
+from testbed.results.writer import check_output, partial_path
 
 # What is declared
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from testbed.errors import UserError
 from testbed.results.opening import open_file
+from testbed.results.records import AttackInfo, Rank, ScenarioHeader
 from testbed.results.schema import Calibrations, scenario_arrays
-from testbed.results.writer import AttackHeader, RankHeader, ResultsWriter, ScenarioHeader
+from testbed.results.writer import ResultsWriter
 
 LENGTHS = {
     "round": 7,
@@ -27,11 +28,11 @@ LENGTHS = {
     "length_4": 4,
 }
 ATTACKS = {
-    "llg": AttackHeader("llg", "LLG", "gradients", "a paper", {}),
-    "plus": AttackHeader("llg_plus", "LLG+", "auxiliary", "a paper", {"scaling": "consistent"}),
-    "random": AttackHeader("random", "Random", "gradients", "", {}),
-    "sees": AttackHeader("sees", "Sees", "gradients", "", {}, answers="presence"),
-    "shares": AttackHeader(
+    "llg": AttackInfo("llg", "LLG", "gradients", "a paper", {}),
+    "plus": AttackInfo("llg_plus", "LLG+", "auxiliary", "a paper", {"scaling": "consistent"}),
+    "random": AttackInfo("random", "Random", "gradients", "", {}),
+    "sees": AttackInfo("sees", "Sees", "gradients", "", {}, answers="presence"),
+    "shares": AttackInfo(
         "shares",
         "Shares",
         "model",
@@ -75,8 +76,8 @@ SMALL = replace(
     attacks={"llg": ATTACKS["llg"]},
 )
 RANKS = [
-    RankHeader("node1", "cpu", "server", 0),
-    RankHeader("a-longer-name", "cuda:0 NVIDIA H200", "client", 3),
+    Rank(0, "node1", "cpu", "server", 0),
+    Rank(1, "a-longer-name", "cuda:0 NVIDIA H200", "client", 3),
 ]
 FILLS = {"f": np.nan, "i": -1, "u": 0}
 
