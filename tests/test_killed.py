@@ -23,7 +23,7 @@ from analysis.__main__ import main as analysis
 pytestmark = pytest.mark.mpi
 
 # All where the MPI is the one that is used most, a few under another.
-MOMENTS = 12 if is_open_mpi() else 4
+MOMENTS = 8 if is_open_mpi() else 4
 
 
 def start(tmp_path, name, ranks=2):

@@ -127,7 +127,7 @@ def test_the_launcher_tells_the_status_of_a_job_that_ends_as_a_signal_comes(tmp_
         while process.poll() is None:
             process.send_signal(signal.SIGTERM)
             time.sleep(0.002)
-        assert process.wait(timeout=10) == EXIT_STOPPED, process.communicate()
+        assert process.wait(timeout=30) == EXIT_STOPPED, process.communicate()
         process.communicate()
 
 
@@ -150,9 +150,9 @@ def test_a_second_sigint_ends_what_has_left_the_group_and_does_not_listen(tmp_pa
     assert "finishing the round (SIGINT" in process.stderr.readline()
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) == 130
+    assert process.wait(timeout=30) == 130
     assert "ended at once" in process.communicate()[1]
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while lives(child):
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -170,7 +170,7 @@ def test_a_second_sigint_is_heard_as_soon_as_the_first_was_answered(tmp_path):
             process.stderr.readline()
             process.send_signal(signal.SIGINT)
             try:
-                assert process.wait(timeout=20) == 130
+                assert process.wait(timeout=30) == 130
             finally:
                 kill_tree(process.pid)
 
@@ -233,9 +233,9 @@ def test_a_second_sigint_to_the_launcher_ends_everything_at_once(tmp_path):
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     try:
-        assert process.wait(timeout=20) == 130
+        assert process.wait(timeout=30) == 130
         while any(map(lives, ranks.values())):
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 30
             time.sleep(0.02)
     finally:
         kill_tree(process.pid)
@@ -286,7 +286,7 @@ def test_a_second_sigint_stops_a_round_that_does_not_end(tmp_path):
     time.sleep(1)
     assert process.poll() is None  # it would finish its round
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130
+    assert process.wait(timeout=30) == 130
     said = (tmp_path / "log").read_text()
     assert "interrupted" in said
     assert "Traceback" not in said

@@ -82,8 +82,8 @@ def test_a_program_that_hangs_is_ended_with_what_it_has_started(tmp_path):
     # It ignores SIGTERM, and its child holds the output.
     line = f"trap '' TERM; sleep 98 & echo $! >{tmp_path}/child; echo began; wait"
     started = time.monotonic()
-    answer = Programs(only(tmp_path)).ask(program(tmp_path, "hangs", line), seconds=0.5)
-    assert time.monotonic() - started < 5
+    answer = Programs(only(tmp_path)).ask(program(tmp_path, "hangs", line), seconds=2)
+    assert time.monotonic() - started < 20
     assert (answer.status, answer.out) == (None, "began\n")
     assert answer.reason.startswith("no answer within")
     child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/cmdline")
@@ -214,8 +214,8 @@ def test_an_mpirun_that_hangs_is_given_up(tmp_path):
         "class MPI:\n Comm = object\n Get_library_version = lambda: 'Open MPI v5.0.1'\n"
     )
     started = time.monotonic()
-    findings = examine_mpi(Programs(only(tmp_path, PYTHONPATH=str(tmp_path)), seconds=2.5))
-    assert time.monotonic() - started < 10
+    findings = examine_mpi(Programs(only(tmp_path, PYTHONPATH=str(tmp_path)), seconds=4))
+    assert time.monotonic() - started < 40
     assert named(findings, "two ranks").found.startswith("no answer within")
     assert "mpirun -n 2 hostname" in named(findings, "two ranks").fix
     assert named(findings, "ULFM").found.startswith("not known")

@@ -256,7 +256,7 @@ def test_with_fault_tolerance_a_cut_off_node_is_named_and_ends_the_run(cluster, 
     started = time.monotonic()
     cluster.cut(2)
     (job,) = cluster.finish(number, seconds=90)
-    assert time.monotonic() - started < 80
+    assert time.monotonic() - started < 90
     assert job.state in ("FAILED", "NODE_FAIL")
     named = r"rank 2 on n2, rank 3 on n2 gave no answer within 5 s, and n2 has no other rank"
     assert re.search(named, job.log), job.log
