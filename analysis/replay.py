@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.calibrations import stored_calibration
 from analysis.choice import Replayed, replayed_attacks
+from analysis.replay_header import replay_header
 from testbed.errors import UserError
 
 if TYPE_CHECKING:
     from analysis.stored import StoredScenario
     from testbed.attacks import Attack, Calibration, Observations
     from testbed.results.reader import Results
-    from testbed.results.records import AttackInfo, ScenarioHeader
     from testbed.results.writer import ResultsWriter
 
 # Of a block of rounds, all arrays together; a single round may be larger.
@@ -127,9 +128,11 @@ class _Scenario:
         for one in self._active:
             self._require_observations(one)
         # Per label: whose calibration to use, or None for one to be made.
-        self._sources = {one.label: self._source(one) for one in self._active}
+        self._sources = {
+            one.label: stored_calibration(one, stored, self._where) for one in self._active
+        }
         self._copied = stored.copied(kept)
-        self.header = self._header(chosen, kept)
+        self.header = replay_header(stored, chosen, kept, self._copied, self._idle)
 
     def write(self, writer: "ResultsWriter") -> None:
         """Append all committed rounds."""
@@ -295,109 +298,6 @@ class _Scenario:
                     f"with results.observations={kept_by} keeps it"
                 )
 
-    def _source(self, one: Replayed) -> str | None:
-        from testbed.attacks import Knowledge
-
-        declared, stored = set(one.attack.arrays()), self._stored
-        attacks = stored.scenario.attacks
-        # Calibrations for sums over rounds are of other steps than those of the round.
-        fitting: list[str] = [
-            label
-            for label, info in attacks.items()
-            if info.target == "update" and declared == stored.calibration(label)
-        ]
-        if one.calibration:
-            if one.calibration in fitting:
-                return one.calibration
-            found = sorted(stored.calibration(one.calibration))
-            raise UserError(
-                f"{self._where}: the attack {one.label!r} needs a calibration with the arrays "
-                f"{sorted(declared)}, that of {one.calibration!r} has {found} (stored attacks "
-                f"with such arrays: {', '.join(fitting) or 'none'})"
-            )
-        if not declared:
-            return None
-        decisive = one.attack.calibrated_by
-        # As they are stored: a tuple becomes a list.
-        options = json.loads(json.dumps(one.attack.options()))
-        wanted = {name: options[name] for name in (options if decisive is None else decisive)}
-        namesakes = {
-            label: {name: attacks[label].options.get(name) for name in wanted}
-            for label in fitting
-            if attacks[label].name == one.attack.name
-        }
-        for label, stored_options in namesakes.items():
-            if stored_options == wanted:
-                return label
-        if one.attack.knowledge is Knowledge.GRADIENTS:
-            return None
-        others = "; ".join(f"{label!r} has {_listed(has)}" for label, has in namesakes.items())
-        raise UserError(
-            f"{self._where} has no calibration for the attack {one.label!r} with "
-            f"{_listed(wanted)}, which takes the model: add the attack to the run, or name a "
-            f"stored attack with --calibration (of the same name: {others or 'none'})"
-        )
-
-    def _header(self, chosen: Sequence[Replayed], kept: Sequence[str]) -> "ScenarioHeader":
-        from testbed.results.records import ScenarioHeader
-        from testbed.results.schema import scenario_arrays, used_lengths
-
-        stored, scenario = self._stored, self._stored.scenario
-        made = scenario_arrays(
-            bias=False,
-            weight=False,
-            varying=stored.varying,
-            attacks={
-                one.label: (
-                    one.attack.answers.value,
-                    {} if self._idle[one.label] else one.attack.arrays(),
-                )
-                for one in chosen
-            },
-        )
-        new = {path: spec for path, spec in made.items() if "attacks/" in path}
-        arrays = {**self._copied, **new}
-        listed = scenario.parameters.get("attacks") or ()
-        entries = [entry for entry in listed if _label(entry) in kept]
-        lengths = {"feature": stored.facts.features, **stored.lengths}
-        return ScenarioHeader(
-            number=scenario.number,
-            draws=scenario.draws,
-            swept=scenario.swept,
-            parameters={
-                **scenario.parameters,
-                "attacks": [*entries, *(one.entry for one in chosen)],
-            },
-            model_parameters=int(stored.attributes["model_parameters"]),
-            model_buffers=int(stored.attributes["model_buffers"]),
-            last_layer=str(stored.attributes["last_layer"]),
-            lengths=used_lengths(arrays, lengths),
-            arrays=arrays,
-            attacks={
-                **{label: scenario.attacks[label] for label in kept},
-                **{one.label: self._described(one) for one in chosen},
-            },
-            privacy=scenario.privacy,
-        )
-
-    def _described(self, one: Replayed) -> "AttackInfo":
-        from testbed.attacks.assumptions import assumptions
-        from testbed.results.records import AttackInfo
-
-        attack = one.attack
-        return AttackInfo(
-            name=attack.name,
-            title=attack.title,
-            knowledge=attack.knowledge.value,
-            source=attack.source,
-            options=attack.options(),
-            answers=attack.answers.value,
-            observes=sorted(part.value for part in attack.observes),
-            assumes=sorted(item.value for item in assumptions(attack)),
-            broken=self._stored.broken(attack),
-            not_applicable=self._idle[one.label],
-        )
-
 
 def _observed_paths(attack: "Attack") -> dict[str, str]:
     """Return the arrays that an attack looks at, and which setting keeps those not always kept."""
@@ -460,11 +360,3 @@ def _threads(experiment: str) -> AbstractContextManager[object]:
         threads = 1
     limits: AbstractContextManager[object] = threadpool_limits(threads)
     return limits
-
-
-def _label(entry: object) -> str:
-    return str(entry.get("label", "")) if isinstance(entry, Mapping) else ""
-
-
-def _listed(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in options.items()) or "no options"

@@ -9,24 +9,18 @@ them), every communicator is given up and made anew among the survivors; see `MP
 """
 
 import contextlib
-import itertools
-import mmap
 import os
 import signal
 import socket
 import sys
-import traceback
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from testbed.errors import UserError
 from testbed.plan import ScenarioPlan
 from testbed.transport.base import (
     ClientState,
@@ -42,15 +36,15 @@ from testbed.transport.control import (
     Control,
     Word,
     farewell,
-    gate,
     gather_objects,
-    noticing,
     spread_object,
 )
-from testbed.transport.downlink import MODEL, UPDATE, WANTED, MPIDownlink, check_size, reduce, sent
+from testbed.transport.downlink import MPIDownlink, check_size
 from testbed.transport.environment import is_tolerant
 from testbed.transport.local import LocalTransport
+from testbed.transport.sharing import NodeMemory
 from testbed.transport.states import receive_states, send_states
+from testbed.transport.uplink import MPIUplink
 from testbed.update import Message, UpdateLayout
 
 T = TypeVar("T")
@@ -93,7 +87,7 @@ class MPITransport(Transport):
         # Under --with-ft ulfm, whatever a loss is to do to the run: nothing is used then that does
         # not survive it, or does not tell of it.
         self._tolerant = not self.cannot_recover()
-        self._windows: list[MPI.Win] = []
+        self._memory = NodeMemory(self.host, tolerant=self._tolerant)
         self._downlink: Downlink | None = None
         here = self._channels.rounds.allgather((self.host, os.getpid()))
         self._places: list[tuple[str, int]] = here
@@ -182,61 +176,7 @@ class MPITransport(Transport):
     def share(
         self, load: Callable[[], tuple[T, dict[str, NDArray[np.generic]]]]
     ) -> tuple[T, dict[str, NDArray[np.generic]]]:
-        node = self._channels.node
-        leads = node.rank == 0
-        arrays: dict[str, NDArray[np.generic]] = {}
-        description: T | None = None
-        failure: Exception | None = None
-        if leads:
-            try:
-                description, arrays = load()
-            except UserError as error:
-                failure = error
-            except Exception:
-                failure = RuntimeError(f"on host {self.host}: {traceback.format_exc()}")
-        shapes = {name: (array.shape, array.dtype.str) for name, array in arrays.items()}
-        failure, description, shapes = spread_object(
-            node, self._control, (failure, description, shapes)
-        )
-        if failure is not None:
-            raise failure
-        shared: dict[str, NDArray[np.generic]] = {}
-        for name, (shape, dtype) in shapes.items():
-            size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-            memory = self._shared_memory(size)
-            array = np.asarray(memory.cast("B"))[:size].view(dtype).reshape(shape)
-            if leads:
-                array[...] = arrays[name]
-            shared[name] = array
-        gate(node, self._control)
-        assert description is not None
-        return description, shared
-
-    def _shared_memory(self, size: int) -> Any:
-        """Return memory that all ranks of this host have, which the first of them may write to."""
-        node = self._channels.node
-        leads = node.rank == 0
-        if not self._tolerant:
-            window = MPI.Win.Allocate_shared(size if leads else 0, 1, comm=node)
-            self._windows.append(window)
-            return window.Shared_query(0)[0]
-        # Open MPI's windows do not survive the loss of a rank. Anonymous memory of the first rank
-        # does, once the others have mapped it.
-        descriptor = os.memfd_create("testbed") if leads else -1
-        if leads:
-            os.ftruncate(descriptor, max(size, 1))
-        place = spread_object(node, self._control, f"/proc/{os.getpid()}/fd/{descriptor}")
-        if not leads:
-            try:
-                descriptor = os.open(place, os.O_RDWR)
-            except FileNotFoundError:
-                if Path(place).parents[1].exists():
-                    raise
-                raise RanksLost("the first rank of this host has died") from None
-        memory = mmap.mmap(descriptor, max(size, 1))
-        gate(node, self._control)
-        os.close(descriptor)
-        return memoryview(memory)
+        return self._memory.share(self._channels.node, self._control, load)
 
     @override
     def serve(
@@ -249,64 +189,19 @@ class MPITransport(Transport):
         start: int = 0,
     ) -> None:
         check_size(layout, capacity)
-        model = np.empty((2, layout.size), np.float32)
-        wanted = np.zeros((2, 1), np.int32)
-        pool = [Message(layout, self.allocate, capacity) for _ in range(2)]
-        messages = itertools.cycle(pool)
-        sends: deque[MPI.Request] = deque()
-        self._buried.append((model, wanted, pool, sends))
-        shares = plan.share(self.rank - 1, self.workers, start)
-        # Two models and two messages: the next model may arrive, and the last update leave, while
-        # the worker computes.
-        upcoming = next(shares, None)
-        arriving: list[MPI.Request] = []
-        if upcoming is not None:
-            arriving = self._expect(plan, model[0], wanted[0])
-        for turn in itertools.count():
-            if upcoming is None:
-                break
-            _, tasks = upcoming
-            for request in arriving:
-                self._wait(request)
-            if wanted[turn % 2]:
-                send_states(self._comm, self._control, 0, worker.states)
-            upcoming = next(shares, None)
-            if upcoming is not None:
-                after = (turn + 1) % 2
-                arriving = self._expect(plan, model[after], wanted[after])
-            if tasks or plan.reduces:
-                worker.load(model[turn % 2])
-            for task in tasks:
-                if len(sends) == 2:
-                    self._wait(sends.popleft())
-                message = next(messages)
-                worker.work(task, message)
-                # Synchronous: completes only when the root has posted the receive, so that no
-                # library buffers updates without bound on the root.
-                with noticing():
-                    sends.append(self._comm.Issend(sent(message), dest=0, tag=UPDATE))
-                self._control.hear()
-            if plan.reduces:
-                # Named, for the request alone does not keep the buffer of a reduction alive.
-                total = worker.take_sum()
-                reduce(self._channels.reductions, self._control, total, tolerant=self._tolerant)
-        for send in sends:
-            self._wait(send)
+        uplink = MPIUplink(
+            self._comm,
+            self._channels.reductions,
+            self._control,
+            plan,
+            self.workers,
+            layout.size,
+            [Message(layout, self.allocate, capacity) for _ in range(2)],
+            tolerant=self._tolerant,
+        )
+        self._buried.append(uplink)
+        uplink.serve(worker, start)
         self._buried.pop()
-
-    def _expect(
-        self, plan: ScenarioPlan, model: NDArray[np.float32], wanted: NDArray[np.int32]
-    ) -> list[MPI.Request]:
-        """Begin to receive a model, and whether the root wants the clients' states before it."""
-        with noticing():
-            requests = []
-            if plan.keeps_state:
-                requests.append(self._comm.Irecv(wanted, source=0, tag=WANTED))
-            if plan.broadcasts(self.workers, model.nbytes) and not self._tolerant:
-                requests.append(self._comm.Ibcast(model, root=0))
-            else:
-                requests.append(self._comm.Irecv(model, source=0, tag=MODEL))
-            return requests
 
     @override
     def open(
@@ -444,8 +339,7 @@ class MPITransport(Transport):
             self._control.say_to_all(Word.DONE)
         else:
             self._control.until(self._told_done)
-        for window in self._windows:
-            window.Free()
+        self._memory.free()
 
     def _told_done(self) -> bool:
         self._control.hear()
