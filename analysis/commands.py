@@ -160,6 +160,8 @@ class _Detail(argparse.Action):
 
 def _replay(arguments: argparse.Namespace) -> None:
     from analysis.replay_shares import replay_shares
+    from analysis.share_notes import share_notes
+    from analysis.shares import find_sets, share_file
     from analysis.show import progress
     from testbed.results.reader import open_results
 
@@ -174,8 +176,10 @@ def _replay(arguments: argparse.Namespace) -> None:
     for file, path in replayed:
         print(path, flush=True)
         with open_results(path) as results:
-            if not results.complete:
+            if not results.complete and share_file(file, results).count == 1:
                 print(f"note: {file} lacks rounds: {progress(results)}", file=sys.stderr)
+    for note in share_notes(find_sets(arguments.files)):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _attack(arguments: argparse.Namespace) -> None:

@@ -39,7 +39,13 @@ def replay_shares(
         The files are no shares of one experiment, a new file exists already or is one of those to
         replay, or a file cannot be replayed. Those that were written before stay.
     """
-    pairs = _outputs(files, Path(output), overwrite=overwrite)
+    from testbed.naming import check_own_name, check_replaceable, results_path
+
+    pairs = _outputs(files, results_path(str(output)), overwrite=overwrite)
+    for _, new in pairs:
+        check_own_name(new)
+        if overwrite:
+            check_replaceable(new)
     for file, new in pairs:
         yield file, replay(file, new, attacks, only=only, overwrite=overwrite)
 

@@ -1,10 +1,12 @@
 """What must be known of sets of shares to read a table or a figure: which of them are missing."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
-from analysis.shares import PARTIAL, ShareSet, name_parts
+from analysis.shares import PARTIAL, ShareFile, ShareSet, name_parts
+from testbed.errors import UserError
 from testbed.results.placed import write_ranges
 
 
@@ -19,7 +21,7 @@ def share_notes(sets: Sequence[ShareSet]) -> list[str]:
     notes = []
     for one in sets:
         which = f" of {Path(one.name).name}" if len(sets) > 1 else ""
-        notes += _lacking(one, which)
+        notes += _lacking(one, which, sets)
     for one, other in combinations(sets, 2):
         if not one.members[0].run or one.members[0].run != other.members[0].run:
             continue
@@ -50,7 +52,7 @@ def name_shares(places: Sequence[int], count: int) -> str:
     return f"share{'' if len(places) == 1 else 's'} {numbers} of 0-{count - 1}"
 
 
-def _lacking(one: ShareSet, which: str) -> list[str]:
+def _lacking(one: ShareSet, which: str, sets: Sequence[ShareSet]) -> list[str]:
     if one.count == 1:
         return []
     notes = []
@@ -60,8 +62,14 @@ def _lacking(one: ShareSet, which: str) -> list[str]:
         if known:
             lost = sum(len(range(place, known, one.count)) for place in missing)
             note += f", with {lost} of the {known} scenarios"
+        read = {Path(m.file).resolve(): m for other in sets for m in other.members}
         there = _there(one)
-        note += f" ({', '.join(there)} {'is' if len(there) == 1 else 'are'} there)" if there else ""
+        for names, why in (
+            ([path.name for path in there if path.resolve() not in read], "there"),
+            *_of_another_run(one, [read[p.resolve()] for p in there if p.resolve() in read]),
+        ):
+            shown = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
+            note += f" ({', '.join(shown)} {_is(names)} {why})" if names else ""
         notes.append(note)
     unfinished = [member for member in one.members if not member.complete]
     if unfinished:
@@ -75,17 +83,42 @@ def _lacking(one: ShareSet, which: str) -> list[str]:
     return notes
 
 
-def _there(one: ShareSet) -> list[str]:
-    """Return the names of files of missing shares that lie beside the others; a few of them."""
+def _there(one: ShareSet) -> list[Path]:
+    """Return the files that have the names of missing shares, and lie beside the others."""
     first = one.members[0]
     parts = name_parts(first)
     if parts is None:
         return []
     names = [f"{parts[0]}{place}of{one.count}{parts[1]}" for place in one.missing]
     both = [Path(first.file).with_name(name + end) for name in names for end in ("", PARTIAL)]
-    found = [path.name for path in both if path.is_file()]
-    return found if len(found) <= 4 else [*found[:3], f"{len(found) - 3} more"]
+    return [path for path in both if path.is_file()]
 
 
-def _is(places: Sequence[int]) -> str:
+def _of_another_run(one: ShareSet, found: Sequence[ShareFile]) -> Iterator[tuple[list[str], str]]:
+    """Yield files with names of a set's missing shares, and why they do not belong to it."""
+    reasons: dict[str, list[str]] = {}
+    for file in found:
+        reasons.setdefault(_difference(file, one.members[0]), []).append(Path(file.file).name)
+    for reason, names in reasons.items():
+        yield names, f"of another run: {reason}"
+
+
+def _difference(other: ShareFile, one: ShareFile) -> str:
+    """Return what tells a file from one of a set that it has the name for."""
+    from testbed.begun import first_difference
+    from testbed.experiment import parse_experiment
+
+    if other.run == one.run:
+        return name_shares([other.place], other.count)
+    try:
+        there, here = (
+            parse_experiment(json.loads(file.run)[0], name=file.file) for file in (other, one)
+        )
+    except (UserError, ValueError):
+        return "its experiment cannot be read here"
+    difference = first_difference(there, here, now="in the others")
+    return difference or "not all of them are replays with the same attacks"
+
+
+def _is(places: Sequence[object]) -> str:
     return "is" if len(places) == 1 else "are"

@@ -36,8 +36,9 @@ class ShareFile:
     place, count
         ``i/n`` of ``--share``; ``0/1`` for a run of all scenarios.
     run
-        The same for all shares of an experiment, and for all replays of them with the same attacks;
-        empty for a file that belongs to no other.
+        The same for all shares of an experiment, wherever each had its data, and for all replays of
+        them with the same attacks: JSON of the experiment and the replays. Empty for a file that
+        belongs to no other.
     scenarios
         Those of the whole experiment; 0 where the file does not tell.
     committed, planned
@@ -106,7 +107,7 @@ def share_file(file: str, results: "Results") -> ShareFile:
     # Before version 1.2 nothing is said of shares.
     known = place.isdecimal() and count.isdecimal() and int(place) < int(count) <= 1 << 20
     if known and "experiment" in told:
-        run = json.dumps([experiment, _replays(str(told.get("replays", "[]")))])
+        run = json.dumps([_lasting(experiment), _replays(str(told.get("replays", "[]")))])
     return ShareFile(
         file=file,
         place=int(place) if known else 0,
@@ -235,6 +236,24 @@ def _replays(text: str) -> object:
         return [replay["attacks"] for replay in json.loads(text)]
     except (ValueError, TypeError, KeyError):
         return text
+
+
+@functools.cache
+def _lasting(experiment: str) -> str:
+    """Return an experiment without what may differ from start to start of a run, as JSON."""
+    from testbed.begun import MOVABLE
+    from testbed.sweep import parse_yaml
+
+    try:
+        content = parse_yaml(experiment, "experiment")
+        for key in MOVABLE:
+            section, _, name = key.rpartition(".")
+            part = content.get(section) if section else content
+            if isinstance(part, dict):
+                part.pop(name, None)
+        return json.dumps(content)
+    except (UserError, AttributeError, RecursionError, TypeError, ValueError):
+        return experiment
 
 
 @functools.cache

@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"testbed {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run an experiment, alone or under mpirun or srun")
+    run = commands.add_parser(
+        "run", help="run an experiment, alone or under mpirun or srun", allow_abbrev=False
+    )
     _add_experiment(run)
     run.add_argument("-o", "--output", required=True, help="results file (HDF5)")
     run.add_argument("--overwrite", action="store_true", help="replace an existing results file")
@@ -86,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key=value",
         help="keys without a part in the results, such as data.root",
     )
@@ -129,7 +132,11 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", type=Path, help="experiment file (YAML)")
     parser.add_argument("--profile", metavar="NAME", help="one of the file's profiles")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="overrides, as in federation.rounds=10"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="overrides, as in federation.rounds=10",
     )
 
 

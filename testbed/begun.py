@@ -27,8 +27,6 @@ MOVABLE = (
     "results.mode",
 )
 
-_ROOTS = ("data.root", "adversary.auxiliary_root")
-
 
 @dataclass(frozen=True)
 class Begun:
@@ -90,6 +88,11 @@ def _misnamed(path: Path, results: Results) -> UserError:
     """Return the error of an incomplete file with the name of a complete one."""
     done = sum(scenario.committed for scenario in results.scenarios)
     rounds = sum(scenario.rounds for scenario in results.scenarios)
+    if "replayed_from" in results.attributes:
+        return UserError(
+            f"{path}: a replay of an unfinished run ({done} of {rounds} rounds), which cannot go "
+            "on: resume the run itself, and replay that again"
+        )
     found = f"incomplete ({done} of {rounds} rounds), but it has the name of a complete file"
     real = path.resolve()
     if real.name.endswith(PARTIAL):
@@ -99,6 +102,26 @@ def _misnamed(path: Path, results: Results) -> UserError:
         f"{path}: {found}: rename it {path.name}{PARTIAL}, and its checkpoint "
         f"{path.name}.checkpoint if there is one, and resume"
     )
+
+
+def find_same(path: Path, wanted: ResolvedExperiment, share: tuple[int, int]) -> Begun | None:
+    """Return the run that a results file belongs to, which is that of an experiment; or None.
+
+    Raises
+    ------
+    UserError
+        It is the run of another experiment, or of another share; or see `find_begun`.
+    """
+    begun = find_begun(path)
+    if begun is None:
+        return None
+    check_same(path, begun.experiment, wanted)
+    if begun.share != share:
+        found, expected = ("{}/{}".format(*pair) for pair in (begun.share, share))
+        raise UserError(
+            f"{path}: the run has the share {found}, and --share is {expected}: choose another name"
+        )
+    return begun
 
 
 def check_roots(resolved: ResolvedExperiment, overrides: Sequence[str]) -> None:
@@ -112,17 +135,14 @@ def check_roots(resolved: ResolvedExperiment, overrides: Sequence[str]) -> None:
         What they name is left to who reads the data.
     """
     given = {override.partition("=")[0] for override in overrides}
-    for point in resolved.points:
-        scenario = point.scenario
-        roots = (scenario.data.root, scenario.adversary.auxiliary_root)
-        for key, root in zip(_ROOTS, roots, strict=True):
-            if root is None or key in given or kind_of(root):
-                continue
-            where = "" if root.is_absolute() else f", from the current folder {Path.cwd()}"
-            raise UserError(
-                f"{key}: the run was begun with {root}, which does not exist{where}: give its "
-                f"place as {key}=DIR behind the file's name"
-            )
+    for key, root in resolved.roots():
+        if key in given or kind_of(root):
+            continue
+        where = "" if root.is_absolute() else f", from the current folder {Path.cwd()}"
+        raise UserError(
+            f"{key}: the run was begun with {root}, which does not exist{where}: give its place as "
+            f"{key}=DIR behind the file's name"
+        )
 
 
 def check_same(path: Path, begun: str, wanted: ResolvedExperiment) -> None:
@@ -137,13 +157,28 @@ def check_same(path: Path, begun: str, wanted: ResolvedExperiment) -> None:
     wanted
         What is to be gone on with.
     """
-    before = _flat(yaml.safe_load(parse_experiment(begun, name=str(path)).to_yaml()))
-    after = _flat(yaml.safe_load(wanted.to_yaml()))
-    for difference in _differences("", _without(before), _without(after)):
+    difference = first_difference(parse_experiment(begun, name=str(path)), wanted)
+    if difference:
         raise UserError(
             f"{path}: the run was begun with another experiment: {difference}; go on with the "
             "same one, or choose another name"
         )
+
+
+def first_difference(
+    before: ResolvedExperiment, after: ResolvedExperiment, *, now: str = "now"
+) -> str:
+    """Return what tells an experiment ``there`` from another one ``now``; empty if nothing.
+
+    Parameters
+    ----------
+    before, after
+        The two.
+    now
+        What the second is called.
+    """
+    flat = [_without(_flat(yaml.safe_load(one.to_yaml()))) for one in (before, after)]
+    return next(_differences("", flat[0], flat[1], now), "")
 
 
 def _without(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,35 +195,37 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _differences(prefix: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+def _differences(
+    prefix: str, before: Mapping[str, Any], after: Mapping[str, Any], now: str
+) -> Iterator[str]:
     """Yield where two flat mappings differ, as phrases."""
     for key in dict.fromkeys([*before, *after]):
         name = prefix + key
         if key not in after:
-            yield f"{name} is {before[key]!r} there, and absent now"
+            yield f"{name} is {before[key]!r} there, and absent {now}"
         elif key not in before:
-            yield f"{name} is absent there, and {after[key]!r} now"
+            yield f"{name} is absent there, and {after[key]!r} {now}"
         elif before[key] != after[key]:
             pair = _labelled(before[key]), _labelled(after[key])
             if pair[0] is None or pair[1] is None:
-                yield f"{name} is {before[key]!r} there, and {after[key]!r} now"
+                yield f"{name} is {before[key]!r} there, and {after[key]!r} {now}"
             else:
-                yield from _differences_of_lists(name, pair[0], pair[1])
+                yield from _differences_of_lists(name, pair[0], pair[1], now)
 
 
 def _differences_of_lists(
-    name: str, before: Mapping[str, Any], after: Mapping[str, Any]
+    name: str, before: Mapping[str, Any], after: Mapping[str, Any], now: str
 ) -> Iterator[str]:
     gone = [key for key in before if key not in after]
     new = [key for key in after if key not in before]
     if gone or new:
-        parts = [(gone, "only there"), (new, "only now")]
+        parts = [(gone, "only there"), (new, f"only {now}")]
         yield f"{name}: " + "; ".join(f"{', '.join(keys)} {side}" for keys, side in parts if keys)
         return
     for key, item in before.items():
-        yield from _differences(f"{name}.{key}.", _flat(item), _flat(after[key]))
+        yield from _differences(f"{name}.{key}.", _flat(item), _flat(after[key]), now)
     if list(before) != list(after):
-        yield f"the order of {name} is {', '.join(before)} there, and {', '.join(after)} now"
+        yield f"the order of {name} is {', '.join(before)} there, and {', '.join(after)} {now}"
 
 
 def _labelled(value: Any) -> dict[str, Any] | None:

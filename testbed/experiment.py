@@ -3,7 +3,7 @@
 Importing this module costs neither torch nor MPI: `testbed check` runs on it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -241,6 +241,17 @@ class ResolvedExperiment:
 
     experiment: Experiment
     points: Sequence[Point]
+
+    def roots(self) -> Iterator[tuple[str, Path]]:
+        """Yield the places that data are said to be read from, each once, with their keys."""
+        found = {}
+        for point in self.points:
+            data, adversary = point.scenario.data, point.scenario.adversary
+            found["data.root", data.root] = data.root
+            found["adversary.auxiliary_root", adversary.auxiliary_root] = adversary.auxiliary_root
+        for (key, _), root in found.items():
+            if root is not None:
+                yield key, root
 
     def require_data(self) -> None:
         """Raise `UserError` where a data set lacks its root: to run, not to check, needs one."""

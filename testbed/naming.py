@@ -44,6 +44,15 @@ def results_path(text: str) -> Path:
     return path
 
 
+def check_own_name(path: Path) -> None:
+    """Raise `UserError` where a name is that of what a run keeps beside its results."""
+    if path.name.endswith(_OWN):
+        raise UserError(
+            f"{path}: names that end in {path.suffix} are those of files that runs keep beside "
+            "their results: choose another name"
+        )
+
+
 def check_new_name(path: Path, experiment: Path) -> None:
     """Raise `UserError` where results must not have a name, whether they may replace others or not.
 
@@ -54,11 +63,7 @@ def check_new_name(path: Path, experiment: Path) -> None:
     experiment
         The experiment file.
     """
-    if path.name.endswith(_OWN):
-        raise UserError(
-            f"{path}: names that end in {path.suffix} are those of files that runs keep beside "
-            "their results: choose another name"
-        )
+    check_own_name(path)
     for name in (path, partial_path(path)):
         with contextlib.suppress(OSError):
             if name.samefile(experiment):

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from testbed.begun import MOVABLE, Begun, check_roots, check_same, find_begun, new_run
+from testbed.begun import (
+    MOVABLE,
+    Begun,
+    check_roots,
+    check_same,
+    find_begun,
+    find_same,
+    new_run,
+)
 from testbed.checkpoint import Checkpoints
 from testbed.errors import UserError
 from testbed.experiment import load_experiment, parse_experiment
@@ -139,24 +147,21 @@ def _job(options: RunOptions) -> _Job:
     """Return what is to be run; on the root."""
     if options.experiment is not None:
         check_new_name(options.output, options.experiment)
-    begun = find_begun(options.output) if options.resume else None
+    begun = None
     if options.experiment is not None:
         resolved = load_experiment(options.experiment, options.overrides, options.profile)
-    elif begun is not None:
-        resolved = parse_experiment(begun.experiment, options.overrides, str(options.output))
+        if options.resume:
+            begun = find_same(options.output, resolved, options.share)
     else:
-        raise UserError(
-            f"{options.output}: no such file, nor {options.output.name}.partial: there is nothing "
-            "to resume"
-        )
-    if begun is not None:
-        check_same(options.output, begun.experiment, resolved)
-        if options.experiment is not None and begun.share != options.share:
-            found, expected = ("{}/{}".format(*share) for share in (begun.share, options.share))
+        begun = find_begun(options.output)
+        if begun is None:
             raise UserError(
-                f"{options.output}: the run has the share {found}, and --share is {expected}: "
-                "choose another name"
+                f"{options.output}: no such file, nor {options.output.name}.partial: there is "
+                "nothing to resume"
             )
+        resolved = parse_experiment(begun.experiment, options.overrides, str(options.output))
+        check_same(options.output, begun.experiment, resolved)
+    if begun is not None:
         if begun.complete:
             print(f"{options.output}: the run is complete", file=sys.stderr)
             with contextlib.suppress(OSError):  # it may have been killed before it did so itself
@@ -189,7 +194,8 @@ def _advice(options: RunOptions, transport: Transport) -> str:
         words += ["--deadline", f"{options.deadline:g}"]
     with_ = "with"
     if options.experiment is not None:
-        with_ += " the same command" + ("" if options.resume else " and --resume") + ", or"
+        resume = " and --resume" + (" in place of --overwrite" if options.overwrite else "")
+        with_ += " the same command" + ("" if options.resume else resume) + ", or"
     under = ", under mpirun or srun as before," if transport.started > 1 else ""
     return f"go on{under} {with_}: python -m testbed {shlex.join(words)}"
 

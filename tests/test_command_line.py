@@ -210,6 +210,24 @@ def test_analysis_needs_neither_torch_nor_mpi(tmp_path):
     assert figures == {"r-rounds", "r-occurrences", "r-success"}
 
 
+def test_a_folder_that_is_called_like_the_program_is_not_taken_for_it(tmp_path):
+    (tmp_path / "testbed").mkdir()
+    for program in (("testbed", "list", "models"), ("launch", "--help"), ("analysis", "--help")):
+        (tmp_path / program[0]).mkdir(exist_ok=True)
+        done = finish([sys.executable, "-m", *program], cwd=tmp_path)
+        assert done.status == 0, done.err
+
+
+def test_words_that_are_missing_and_options_that_are_cut_short_are_told():
+    done = finish(command("run", "-o", "r.h5"))
+    assert done.status == 2
+    assert done.err.endswith("the following arguments are required: experiment\n")
+    # What is written to another file than --output says would be lost on a batch script.
+    done = finish(command("run", "e.yaml", "--out=r.h5"))
+    assert done.status == 2
+    assert "required: -o/--output" in done.err
+
+
 def test_console_scripts_are_the_modules():
     folder = Path(sys.executable).parent
     for script in ("testbed", "analysis"):

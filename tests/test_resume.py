@@ -10,6 +10,7 @@ import pytest
 import yaml
 from launching import assert_same_results, run_here, run_testbed, write_experiment
 
+from analysis.replay import replay
 from testbed.begun import check_same
 from testbed.checkpoint import CHECKPOINT
 from testbed.errors import UserError
@@ -223,14 +224,25 @@ def test_a_stop_tells_the_command_that_goes_on(tmp_path, capfd):
     experiment, output = written(tmp_path, "sgd"), tmp_path / "of mine.h5"
     overrides = ["results.commit_seconds=60", "federation.rounds=8"]
     first = replace(options(experiment, output), overrides=overrides, deadline=2.5)
+    over = " in place of --overwrite"
     command = f"python -m testbed resume '{output}' results.commit_seconds=60 --deadline 2.5\n"
     for start, lead in (
         (first, "go on with the same command and --resume, or: "),
+        (replace(first, overwrite=True), f"go on with the same command and --resume{over}, or: "),
         (replace(first, resume=True), "go on with the same command, or: "),
         (replace(first, resume=True, experiment=None), "go on with: "),
     ):
         assert run(LocalTransport(), start, StopAt(1)) == EXIT_STOPPED
         assert capfd.readouterr().err.endswith(f"; {lead}{command}")
+
+
+def test_a_replay_of_an_unfinished_run_cannot_be_resumed(tmp_path):
+    experiment = write_experiment(tmp_path / "e.yaml")
+    assert run(LocalTransport(), options(experiment, tmp_path / "r.h5"), StopAt(3)) == 75
+    replay(tmp_path / "r.h5", tmp_path / "new.h5", ["idlg"])
+    done = run_here("resume", tmp_path / "new.h5")
+    assert done.status == 2
+    assert "new.h5: a replay of an unfinished run (3 of 6 rounds), which cannot go on" in done.err
 
 
 def test_data_that_have_moved_are_told_how_to_find(tmp_path):

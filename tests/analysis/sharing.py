@@ -1,5 +1,7 @@
 """Writes files of runs that share an experiment, as ``testbed run --share i/n`` does."""
 
+import zlib
+
 import h5py
 from build_file import build
 
@@ -12,9 +14,9 @@ def share(folder, specs, name, part, committed=None, experiment="A title"):
     build(path, [specs[number] for number in numbers], committed)
     with h5py.File(path, "a") as file:
         file.attrs["share"] = f"{place}/{count}"
-        file.attrs["experiment"] = (
-            f"title: {experiment}\nsweep: {{a.b: {list(range(len(specs)))}}}\n"
-        )
+        sweep = f"sweep: {{a.b: {list(range(len(specs)))}}}"
+        seed = zlib.crc32(experiment.encode())  # titles alone make no other run
+        file.attrs["experiment"] = f"title: {experiment}\nseed: {seed}\n{sweep}\n"
         for index, number in enumerate(numbers):
             file[f"scenarios/{index:04d}"].attrs["number"] = number
     return path

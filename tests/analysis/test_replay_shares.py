@@ -52,7 +52,7 @@ def test_what_is_unfinished_stays_so(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out.split() == [str(tmp_path / f"new_{i}of2") for i in range(2)]
     assert err.count("note: ") == 1
-    assert "run_1of2.h5.partial lacks rounds" in err
+    assert "note: share 1 of 0-1 is incomplete, with 3 of 4 rounds\n" in err
     with open_results(tmp_path / "new_1of2") as results:
         assert [scenario.committed for scenario in results.scenarios] == [2, 1]
 
@@ -63,7 +63,25 @@ def test_nothing_is_written_where_one_of_the_files_exists(tmp_path):
     with pytest.raises(UserError, match=r"more_1of2\.h5: the file exists"):
         [*replay_shares(paths, tmp_path / "more.h5", AGAIN)]
     assert not (tmp_path / "more_0of2.h5").exists()
+    with pytest.raises(UserError, match=r"more_1of2\.h5: this is no results file"):
+        [*replay_shares(paths, tmp_path / "more.h5", AGAIN, overwrite=True)]
+    assert (tmp_path / "more_1of2.h5").read_text() == "something else"
+    shares(tmp_path, SPECS, 2, stem="more")
     assert len([*replay_shares(paths, tmp_path / "more.h5", AGAIN, overwrite=True)]) == 2
+
+
+def test_a_replay_replaces_nothing_but_results(tmp_path):
+    (path,) = shares(tmp_path, SPECS, 1)
+    experiment = tmp_path / "experiment.yaml"
+    experiment.write_text("title: mine")
+    with pytest.raises(UserError, match="this is no results file"):
+        [*replay_shares([path], experiment, AGAIN, overwrite=True)]
+    assert experiment.read_text() == "title: mine"
+    with pytest.raises(UserError, match=r"names that end in \.checkpoint"):
+        [*replay_shares([path], tmp_path / "r.h5.checkpoint", AGAIN, overwrite=True)]
+    ((_, new),) = replay_shares([path], tmp_path / "new.h5.partial", AGAIN)
+    assert new == tmp_path / "new.h5"
+    assert new.exists()
 
 
 @pytest.mark.parametrize(

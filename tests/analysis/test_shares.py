@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 
+import h5py
 import pandas as pd
 import pytest
 from build_file import Spec, build
@@ -241,6 +242,39 @@ def test_missing_and_incomplete_shares_are_told(tmp_path):
         "share 3 of 0-3 is not among the files, with 1 of the 6 scenarios",
         "shares 1-2 of 0-3 are incomplete, with 1 of 6 rounds",
     ]
+
+
+def test_a_share_of_another_run_with_the_name_of_one_that_is_missing_is_told(tmp_path):
+    specs = [Spec({"a.b": value}, rounds=2) for value in range(6)]
+    parts = shares(tmp_path, specs, 3)
+    begun = ["seed: 1", "seed: 2", "seed: 1"]
+    for part, line in zip(parts, begun, strict=True):
+        with h5py.File(part, "a") as file:
+            file.attrs["experiment"] = (
+                f"{line}\ndata: {{name: digits}}\nmodel: {{name: cnn}}\nattacks: [llg]\n"
+                "federation: {rounds: 2}\n"
+                "sweep: {federation.batch_size: [1, 2, 3, 4, 5, 6]}\n"
+            )
+    first, second = notes(*parts)
+    assert first == (
+        "share 1 of 0-2 of run_*of3.h5 is not among the files, with 2 of the 6 scenarios "
+        "(run_1of3.h5 is of another run: seed is 2 there, and 1 in the others)"
+    )
+    assert second.endswith(
+        "(run_0of3.h5, run_2of3.h5 are of another run: seed is 1 there, and 2 in the others)"
+    )
+    parts[1].unlink()
+    parts[2].rename(parts[1])
+    assert notes(*parts[:2])[0].endswith("(run_1of3.h5 is of another run: share 2 of 0-2)")
+
+
+def test_shares_may_be_started_with_their_data_in_different_places(tmp_path):
+    specs = [Spec({"a.b": value}, rounds=2) for value in range(2)]
+    parts = shares(tmp_path, specs, 2)
+    for part, root in zip(parts, ("/scratch/1", "/scratch/2"), strict=True):
+        with h5py.File(part, "a") as file:
+            file.attrs["experiment"] = f"title: {root}\ndata: {{name: mnist, root: {root}}}\n"
+    assert notes(*parts) == []
 
 
 def test_a_share_that_is_there_twice_and_other_divisions_are_told(tmp_path):
