@@ -1,4 +1,4 @@
-"""Whether a file system has the order of writes that SWMR rests on."""
+"""What a file system does with the order of writes, which SWMR rests on, and with locks."""
 
 from pathlib import Path
 
@@ -9,6 +9,8 @@ _WITHOUT_ORDER = frozenset(
 )
 # These are used by one machine, or coherent.
 _ORDERED_FUSE = frozenset(("fuseblk", "fuse.glusterfs", "fuse.ceph", "fuse.lustre"))
+# Coherent, but flock(2) becomes a record lock of the whole file.
+_ONE_KIND_OF_LOCKS = frozenset(("lustre",))
 
 
 def has_write_order(folder: Path, mounts: Path = _MOUNTS) -> bool:
@@ -28,8 +30,26 @@ def has_write_order(folder: Path, mounts: Path = _MOUNTS) -> bool:
     return kind in _ORDERED_FUSE or kind.partition(".")[0] not in _WITHOUT_ORDER
 
 
+def locks_meet(place: Path, mounts: Path = _MOUNTS) -> bool:
+    """Return whether HDF5's own lock on a file may meet the one that its writer holds.
+
+    HDF5 locks by flock(2), `testbed.results.output` by records. Local file systems tell the two
+    apart, and so do CephFS, BeeGFS, GFS2 and OCFS2; GPFS leaves the first to each node. The clients
+    of Lustre, NFS, SMB, AFS and 9P make one of the other. Little is lost without HDF5's lock: it
+    also marks a file of this program that is open for writing, in the file itself.
+
+    Parameters
+    ----------
+    place
+        The file, or its folder.
+    mounts
+        Table of mounts, as Linux has it.
+    """
+    return file_system(place, mounts) in _ONE_KIND_OF_LOCKS or not has_write_order(place, mounts)
+
+
 def file_system(folder: Path, mounts: Path = _MOUNTS) -> str:
-    """Return the type of the file system that a folder is on, such as ``ext4``; empty if unknown.
+    """Return the type of the file system of a folder or file, as ``ext4``; empty if unknown.
 
     Source: proc_pid_mountinfo(5).
     """

@@ -7,6 +7,7 @@ import h5py
 
 from testbed.errors import UserError
 from testbed.heaps import check_heaps
+from testbed.results.filesystem import locks_meet
 
 PARTIAL = ".partial"
 _ATTEMPTS, _PAUSE_SECONDS = 5, 0.05
@@ -24,12 +25,13 @@ def locate(path: Path) -> Path:
     raise UserError(f"{path}: no such file, nor {partial.name}")
 
 
-def open_file(path: Path, locking: bool | None = None) -> h5py.File:
+def open_file(path: Path) -> h5py.File:
     """Open an HDF5 file for reading, by SWMR where a writer has it open or died while it had.
 
-    HDF5 locks it meanwhile as its settings say, or as ``locking`` does.
+    HDF5 locks it meanwhile as its settings say, but not where that would meet the writer's lock.
     """
     _check(path)
+    locking = False if locks_meet(path) else None
     for attempt in range(_ATTEMPTS):
         try:
             return h5py.File(path, "r", locking=locking)

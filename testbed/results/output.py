@@ -42,7 +42,10 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     if overwrite:
         return
     if path.exists():
-        raise UserError(f"{path}: the file exists: choose another name, or pass --overwrite")
+        raise UserError(
+            f"{path}: the file exists: `run --resume` keeps it if it is of this very run; else "
+            "choose another name, or pass --overwrite to replace it"
+        )
     if partial.exists():
         raise UserError(
             f"{partial}: the file exists: it was left by a run that was stopped; go on with it by "
@@ -81,10 +84,10 @@ def being_written(partial: Path) -> UserError:
 def hold(descriptor: int) -> bool:
     """Lock an open file until it is closed; return whether nobody else holds it.
 
-    A record lock, which also works between the nodes of a cluster, and does not meet the locks of
-    HDF5 itself, which are of the other kind. Of the open file where the system has such locks
-    (Linux): the older ones, of the process, are lost when it closes any other descriptor of the
-    file, as HDF5 does.
+    A record lock, which also works between the nodes of a cluster; where it meets the locks of HDF5
+    itself, see `testbed.results.filesystem.locks_meet`. Of the open file where the system has such
+    locks (Linux): the older ones, of the process, are lost when it closes any other descriptor of
+    the file, as HDF5 does.
     """
     try:
         if _OWNED is None:

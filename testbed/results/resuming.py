@@ -17,7 +17,6 @@ from testbed.errors import UserError
 from testbed.results.chunks import copy_chunks, datasets
 from testbed.results.declaring import scenario_name
 from testbed.results.events import TABLES
-from testbed.results.filesystem import has_write_order
 from testbed.results.opening import open_file
 from testbed.results.output import (
     being_written,
@@ -62,9 +61,7 @@ def unfinished(path: Path) -> Iterator[h5py.File]:
         # Another process may have gone on with it just now: then its copy has the name.
         if not hold(lock.fileno()) or not has_name(lock.fileno(), partial):
             raise being_written(partial)
-        # Over a network HDF5's own lock may be of the same kind, and meet this one.
-        locking = None if has_write_order(partial.parent) else False
-        with open_file(partial, locking) as file:
+        with open_file(partial) as file:
             Results(file, partial)  # raises where the file is damaged
             found, expected = file.attrs["encoding-version"], FILE_ENCODING[1]
             if found != expected:

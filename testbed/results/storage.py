@@ -16,7 +16,7 @@ from typing import IO, Protocol
 import h5py
 
 from testbed.errors import UserError
-from testbed.results.filesystem import has_write_order
+from testbed.results.filesystem import has_write_order, locks_meet
 from testbed.results.output import (
     claim,
     compact_path,
@@ -226,7 +226,9 @@ def begin(
         for left in (working, compact_path(path)):
             _discard(left)
         room = SLACK + (copy[1] if copy else 0)
-        file = create(unborn, fill, room, locking=None if mode != "flush" else False)
+        # Elsewhere as readers do: HDF5 refuses a file that a process opens in both ways.
+        locking = False if mode == "flush" or locks_meet(path.parent) else None
+        file = create(unborn, fill, room, locking=locking)
         if copy:
             copy[0](file)
             file.flush()
@@ -253,7 +255,7 @@ def begin(
         if isinstance(error, FAILURES):
             needs = f"; it may need {copy[1] / 1e6:.1f} MB beside the old one" if copy else ""
             raise UserError(
-                f"{unborn}: cannot create the results file: {reason(error)}{needs}"
+                f"{unborn}: cannot create the results file: {_why(error)}{needs}"
             ) from None
         raise
     return SwmrStorage(file, lock, path)
@@ -297,6 +299,13 @@ def abandon(file: h5py.File) -> None:
         nowhere = os.open(os.devnull, os.O_RDWR)
         os.dup2(nowhere, file.id.get_vfd_handle())
         os.close(nowhere)
+
+
+def _why(error: Exception) -> str:
+    # Of a file system that `locks_meet` does not know, or by the variable, which overrides it.
+    if "unable to lock file" in str(error):
+        return f"HDF5 cannot lock it ({reason(error)}): set HDF5_USE_FILE_LOCKING=FALSE"
+    return reason(error)
 
 
 def _claim(path: Path) -> IO[bytes]:

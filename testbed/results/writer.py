@@ -265,7 +265,8 @@ class ResultsWriter:
             if not storage.in_place():
                 raise UserError(
                     f"{partial_}: the file is gone: it or its folder was removed or renamed while "
-                    "the run was writing it; begin again with `run`"
+                    "the run was writing it; where it was renamed, `resume` goes on under its new "
+                    "name (with its .checkpoint beside it), else begin again with `run`"
                 ) from None
             raise UserError(
                 f"{partial_}: cannot write to the results file: {reason(error)}; rounds committed "

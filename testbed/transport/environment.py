@@ -92,6 +92,12 @@ def choose_known_modules(environment: MutableMapping[str, str]) -> None:
             environment[name] = known
 
 
+def start_seconds(environment: Mapping[str, str]) -> int:
+    """Return how long all ranks have to be there, under fault tolerance."""
+    given = environment.get("TESTBED_START_SECONDS", "")
+    return (int(given) if given.isdecimal() else 0) or _START_SECONDS
+
+
 def wait_for_all_ranks_to_start(environment: Mapping[str, str]) -> Transport:
     """Start MPI, which waits for every rank, and return the transport of this one.
 
@@ -101,10 +107,7 @@ def wait_for_all_ranks_to_start(environment: Mapping[str, str]) -> Transport:
     """
     tolerant = is_tolerant(environment)
     if tolerant:
-        seconds = environment.get("TESTBED_START_SECONDS", "")
-        faulthandler.dump_traceback_later(
-            int(seconds) if seconds.isdecimal() else _START_SECONDS, exit=True
-        )
+        faulthandler.dump_traceback_later(start_seconds(environment), exit=True)
     try:
         from testbed.transport.mpi import MPITransport
 

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ from written import (
 )
 
 from testbed.errors import UserError
-from testbed.results import storage
+from testbed.results import filesystem, storage
 from testbed.results import writer as writer_module
-from testbed.results.filesystem import file_system, has_write_order
+from testbed.results.filesystem import file_system, has_write_order, locks_meet
 from testbed.results.reader import open_results
 from testbed.results.room import reserve
 from testbed.results.schema import PAGE_BYTES
@@ -405,7 +406,7 @@ def test_room_is_looked_up_where_it_cannot_be_reserved(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("what", ["folder", "file", "another"])
+@pytest.mark.parametrize("what", ["folder", "file", "renamed", "another"])
 def test_a_file_that_is_taken_away_is_missed_at_the_next_commit(
     tmp_path: Path, mode: str, what: str
 ) -> None:
@@ -419,15 +420,20 @@ def test_a_file_that_is_taken_away_is_missed_at_the_next_commit(
             folder.rename(tmp_path / "moved")
         elif what == "file":
             partial_path(path).unlink()
+        elif what == "renamed":
+            partial_path(path).rename(partial_path(folder / "b.h5"))
         else:
             other = tmp_path / "other"
             other.write_text("mine")
             other.replace(partial_path(path))
         writer.append(0, 1, rows_of(HEADER, 1))
-        with pytest.raises(UserError, match=r"a\.h5\.partial: the file is gone: "):
+        with pytest.raises(UserError, match=r"a\.h5\.partial: the file is gone: .* under its new"):
             writer.commit()
     if what == "folder":
         assert check(tmp_path / "moved" / "a.h5") == 1
+    elif what == "renamed":
+        resume(folder / "b.h5", mode=mode).close()
+        assert check(folder / "b.h5") == 1
     elif what == "another":
         assert partial_path(path).read_text() == "mine"
 
@@ -515,31 +521,99 @@ garbage
 
 
 @pytest.mark.parametrize(
-    ("folder", "kind", "ordered"),
+    ("place", "kind", "ordered", "meet"),
     [
-        ("/", "ext4", True),
-        ("/homes", "ext4", True),
-        ("/home/me", "nfs4", False),
-        ("/home/scratch/me", "lustre", True),
-        ("/mnt/a b/c", "fuse.sshfs", False),
-        ("/usb", "fuseblk", True),
-        ("/twice", "cifs", False),
-        ("/gluster/x", "fuse.glusterfs", True),
+        ("/", "ext4", True, False),
+        ("/homes", "ext4", True, False),
+        ("/home/me", "nfs4", False, True),
+        ("/home/scratch/me", "lustre", True, True),
+        ("/mnt/a b/c", "fuse.sshfs", False, True),
+        ("/usb", "fuseblk", True, False),
+        ("/twice", "cifs", False, True),
+        ("/gluster/x", "fuse.glusterfs", True, False),
     ],
 )
-def test_file_systems_without_order_are_known(
-    tmp_path: Path, folder: str, kind: str, ordered: bool
+def test_file_systems_without_order_or_with_one_kind_of_locks_are_known(
+    tmp_path: Path, place: str, kind: str, ordered: bool, meet: bool
 ) -> None:
     mounts = tmp_path / "mountinfo"
     mounts.write_text(MOUNTS)
-    assert file_system(Path(folder), mounts) == kind
-    assert has_write_order(Path(folder), mounts) is ordered
+    assert file_system(Path(place), mounts) == kind
+    assert has_write_order(Path(place), mounts) is ordered
+    assert locks_meet(Path(place), mounts) is meet
 
 
-def test_a_file_system_that_cannot_be_found_out_has_order(tmp_path: Path) -> None:
+def test_a_link_is_on_the_file_system_of_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/home/scratch/me/a.h5")
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(MOUNTS)
+    assert locks_meet(tmp_path / "link", mounts)
+
+
+def test_a_file_system_that_cannot_be_found_out_has_order_and_two_kinds_of_locks(
+    tmp_path: Path,
+) -> None:
     assert file_system(tmp_path, tmp_path / "none") == ""
     assert has_write_order(tmp_path, tmp_path / "none")
+    assert not locks_meet(tmp_path, tmp_path / "none")
 
 
 def test_the_file_system_of_this_machine_is_found() -> None:
     assert file_system(Path("/proc")) == "proc"
+
+
+# Where HDF5's lock meets the writer's
+
+LOCKER = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Lock a file as HDF5 would find it on Lustre, where a writer's record lock looks like that."""
+    line = [sys.executable, "-c", LOCKER, str(path)]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "ready\n"
+        yield
+        holder.communicate("end\n", timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "storage_"),
+    [
+        ("lustre", "auto", SwmrStorage),
+        ("nfs4", "auto", CopyingStorage),
+        ("nfs4", "swmr", SwmrStorage),
+    ],
+)
+def test_runs_begin_go_on_and_are_read_where_both_kinds_of_locks_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, mode: str, storage_: type
+) -> None:
+    monkeypatch.setattr(filesystem, "file_system", lambda *_: kind)
+    path = tmp_path / "a.h5"
+    with held(tmp_path / "a.h5.creating"), opened(path, mode=mode) as writer:
+        assert isinstance(writer._storage, storage_)
+        writer.append(0, 0, rows_of(HEADER, 0))
+        writer.commit()
+    with held(partial_path(path)):
+        assert check(path) == 1
+        with opened(path, resume, mode=mode) as writer:
+            for round_ in range(1, 7):
+                writer.append(0, round_, rows_of(HEADER, round_))
+            writer.complete()
+    assert check(path) == 7
+
+
+def test_where_hdf5_cannot_lock_the_new_file_the_error_says_what_helps(tmp_path: Path) -> None:
+    with (
+        held(tmp_path / "a.h5.creating"),
+        pytest.raises(UserError, match=r"HDF5 cannot lock it \(.*\): set HDF5_USE_FILE_LOCKING=FA"),
+    ):
+        make(tmp_path / "a.h5")
+    assert list(tmp_path.iterdir()) == []

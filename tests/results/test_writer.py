@@ -540,9 +540,9 @@ def test_a_file_is_no_larger_than_check_says(
 
 def test_existing_files_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
-    for taken in (path, partial_path(path)):
+    for taken, way in ((path, "`run --resume` keeps it"), (partial_path(path), "by `resume`")):
         taken.write_text("mine")
-        with pytest.raises(UserError, match=f"^{taken}: the file exists: .*--overwrite"):
+        with pytest.raises(UserError, match=f"^{taken}: the file exists: .*{way}.*--overwrite"):
             make(path)
         assert taken.read_text() == "mine"
         taken.unlink()

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import UserError
-from testbed.transport.environment import check_world, connect, is_leader, was_launched
+from testbed.transport.environment import (
+    check_world,
+    connect,
+    is_leader,
+    start_seconds,
+    was_launched,
+)
 from testbed.transport.local import LocalTransport
 
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "PMIX_RANK": "2"}
@@ -130,3 +136,11 @@ def test_local_transport_is_a_world_of_one() -> None:
     assert transport.library == ""
     assert transport.broadcast("x") == "x"
     assert transport.gather("x") == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [("10", 10), ("0", 300), ("00", 300), ("", 300), ("-1", 300), ("x", 300)]
+)
+def test_the_time_for_ranks_to_start_is_never_none_at_all(given: str, seconds: int) -> None:
+    assert start_seconds({"TESTBED_START_SECONDS": given}) == seconds
+    assert start_seconds({}) == 300
