@@ -47,11 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="for programs")
     doctor.set_defaults(command=_doctor)
     # Overrides may stand before and after options, which argparse alone does not allow.
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(
+        _joined(sys.argv[1:] if arguments is None else arguments)
+    )
     if any(word.startswith("-") or "overrides" not in options for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     try:
         status: int = options.command(options)
         sys.stdout.flush()
@@ -75,6 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with ``--sbatch --mem=3G`` as one word, or argparse sees two options."""
+    words: list[str] = []
+    for word in arguments:
+        if words and words[-1] == "--sbatch" and word.startswith("-"):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -4,8 +4,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from testbed.arguments import positive_seconds
+from testbed.errors import UserError
+
+if TYPE_CHECKING:
+    from testbed.experiment import ResolvedExperiment
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class Asked:
         How many there are in the sweep.
     most_ranks
         How many ranks can have work at a time; None where any number can.
+    complete
+        Whether all of it is done, and in its results file, or in those of all shares.
     problem
         Why it would not run as it is on this machine, in lines; none if it would. Another machine
         may have the data.
@@ -36,6 +43,7 @@ class Asked:
     threads: int
     scenarios: int
     most_ranks: int | None
+    complete: bool
     problem: Sequence[str]
     tolerant: bool
 
@@ -44,7 +52,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that `read_run` looks at."""
     parser.add_argument("experiment", type=Path, help="experiment file (YAML)")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="overrides, as in federation.rounds=10"
+        "overrides",
+        nargs="*",
+        default=[],  # or argparse calls it required
+        metavar="key=value",
+        help="overrides, as in federation.rounds=10",
     )
     parser.add_argument("--profile", metavar="NAME", help="one of the file's profiles")
     parser.add_argument(
@@ -67,41 +79,51 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         help="in which a rank has to deliver an update, or is taken for lost (default: no limit)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")
+    # For who is used to `testbed run`: what was begun goes on anyway.
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
 
 
-def read_run(options: argparse.Namespace) -> Asked:
+def read_run(options: argparse.Namespace, shares: int | None = None) -> Asked:
     """Return what is to be run.
+
+    Parameters
+    ----------
+    options
+        As the command line has them.
+    shares
+        Into how many the sweep is cut, each with a results file of its own; None for one file.
 
     Raises
     ------
     UserError
-        The experiment is wrong, or the name for its results.
+        The experiment is wrong, or lacks a place of data; or the name for its results is, or has
+        those of another run.
     """
     # Not above: `launch doctor` says what is missing, and can do without packages.
-    from testbed.errors import UserError
+    from testbed.begun import find_same
     from testbed.experiment import load_experiment
     from testbed.naming import check_new_name, results_path
     from testbed.plan import make_plan
-    from testbed.results.output import check_folder
 
     resolved = load_experiment(options.experiment, options.overrides, options.profile)
     plans = make_plan(resolved)
     given = options.output
     output = results_path(f"{options.experiment.stem}.h5" if given is None else given)
     check_new_name(output, options.experiment)
-    problem: list[str] = []
-    try:
+    begun = [
+        find_same(share_output(output, index, shares), resolved, (index, shares or 1))
+        for index in range(min(shares or 1, len(plans)))
+    ]
+    complete = all(one is not None and one.complete for one in begun)
+    if not complete:
         resolved.require_data()
-        check_folder(output)
-    except UserError as error:
-        problem += error.args
     words = [str(options.experiment), *options.overrides]
     if options.profile:
         words += ["--profile", options.profile]
     if options.on_rank_loss != "end":
         words += ["--on-rank-loss", options.on_rank_loss]
     if options.deadline:
-        words += ["--deadline", f"{options.deadline:g}"]
+        words += ["--deadline", repr(options.deadline)]
     # Repetitions with models of their own are under way side by side, rounds of a training are not.
     trains = [plan.clients for plan in plans if not plan.fresh_model]
     return Asked(
@@ -110,6 +132,39 @@ def read_run(options: argparse.Namespace) -> Asked:
         threads=resolved.experiment.compute.threads,
         scenarios=len(plans),
         most_ranks=1 + max(trains) if len(trains) == len(plans) else None,
-        problem=problem,
+        complete=complete,
+        problem=[] if complete else _problem(resolved, output),
         tolerant=options.on_rank_loss == "continue",
     )
+
+
+def _problem(resolved: "ResolvedExperiment", output: Path) -> list[str]:
+    from testbed.data.dataset import kind_of
+    from testbed.results.output import check_folder
+
+    found: list[str] = []
+    for key, root in resolved.roots():
+        try:
+            if not kind_of(root):
+                found.append(f"{key}={root} does not exist: expected the data there")
+        except UserError as error:
+            found += error.args
+    try:
+        check_folder(output)
+    except UserError as error:
+        found += error.args
+    return found
+
+
+def share_output(output: Path, index: int, shares: int | None) -> Path:
+    """Return the results file of a share, as slurm/sweep.sbatch names it."""
+    if not shares:
+        return output
+    return output.with_name(f"{output.name.removesuffix('.h5')}_{index}of{shares}.h5")
+
+
+def shown_output(output: Path, shares: int | None) -> str:
+    """Return the name, or the pattern, of the results."""
+    if not shares:
+        return str(output)
+    return str(share_output(output, 0, shares)).replace(f"_0of{shares}.h5", f"_*of{shares}.h5")

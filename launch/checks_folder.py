@@ -62,7 +62,7 @@ def locks_finding(posix: str, flock: str) -> Finding:
         broken.append(f"POSIX locks ({posix}): nothing keeps two runs from writing the same file")
     if flock:
         broken.append(f"flock(2) ({flock}), which HDF5 uses")
-        fix += ", or export HDF5_USE_FILE_LOCKING=BEST_EFFORT"
+        fix += ", or export HDF5_USE_FILE_LOCKING=FALSE"
     return Finding("files", "locks", "note", f"do not work: {'; '.join(broken)}", fix)
 
 
@@ -80,7 +80,7 @@ def _hdf5(programs: Programs, folder: Path | None) -> list[Finding]:
     if not folder:
         return findings
     if found["error"]:
-        fix = "export HDF5_USE_FILE_LOCKING=BEST_EFFORT, or name another folder"
+        fix = "export HDF5_USE_FILE_LOCKING=FALSE, or name another folder"
         text = f"no file can be created in {folder}: {found['error']}"
         return [*findings, Finding("files", "results", "missing", text, fix)]
     return [*findings, mode_finding(has_write_order(folder), found["swmr"])]
@@ -94,7 +94,7 @@ def locking_findings(environment: Mapping[str, str]) -> list[Finding]:
         return []
     known = ("TRUE", "1", "FALSE", "0", "BEST_EFFORT")
     if value.upper() not in known:
-        fix = f"export {name}=BEST_EFFORT, or unset {name}"
+        fix = f"export {name}=FALSE, or unset {name}"
         found = f"{name}={value}, expected one of {', '.join(known)}"
         return [Finding("files", "HDF5's locks", "note", found, fix)]
     return [Finding("files", "HDF5's locks", "ok", f"{name}={value}")]

@@ -56,14 +56,17 @@ def physical_cores(system: Path, cpus: list[int]) -> int:
 def cpu_limit(system: Path) -> float:
     """Return how many CPUs' time the control groups give, 0 where they have no limit.
 
-    Source: Linux, cgroup-v2, cpu.max.
+    Source: Linux, cgroup-v2, cpu.max; and sched-bwc, cpu.cfs_quota_us, which is v1.
     """
-    limits = []
-    for text in _limits(system, "cpu.max"):
-        quota, _, period = text.partition(" ")
-        if quota.isdigit() and period.isdigit():
-            limits.append(int(quota) / int(period))
-    return min(limits, default=0.0)
+    limits = [text.partition(" ")[::2] for text in _limits(system, "cpu.max")]
+    quotas = _limits(system, "cpu.cfs_quota_us", "cpu")
+    limits += zip(quotas, _limits(system, "cpu.cfs_period_us", "cpu"), strict=True)
+    found = [
+        int(quota) / int(period)
+        for quota, period in limits
+        if quota.isdigit() and period.isdigit()  # max, and -1, are none
+    ]
+    return min(found, default=0.0)
 
 
 def cpu_set(system: Path) -> list[int]:
@@ -79,17 +82,29 @@ def memory_limit(system: Path) -> int:
     return min((int(text) for text in _limits(system, "memory.max") if text.isdigit()), default=0)
 
 
-def _limits(system: Path, name: str) -> list[str]:
-    """Return a limit of this process's control group, and of all that it is in."""
+def _limits(system: Path, name: str, controller: str = "") -> list[str]:
+    """Return a limit of this process's control group, and of all that it is in.
+
+    Parameters
+    ----------
+    system
+        Root of the file system.
+    name
+        Of the limit's file.
+    controller
+        Of version 1, where each has groups of its own; none for version 2.
+    """
     try:
         groups = (system / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    own = [line.removeprefix("0::/") for line in groups if line.startswith("0::/")]
     found = []
-    for group in own[:1]:
-        top = system / "sys/fs/cgroup"
-        for folder in (top / group, *(top / group).parents):
+    for _, controllers, group in (line.split(":", 2) for line in groups):
+        if controller not in controllers.split(","):
+            continue
+        top = system / "sys/fs/cgroup" / controller
+        own = top / group.lstrip("/")
+        for folder in (own, *own.parents):
             if (folder / name).is_file():
                 found.append((folder / name).read_text().strip())
             if folder == top:

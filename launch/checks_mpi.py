@@ -2,11 +2,12 @@
 
 import os
 import re
-import sys
 from importlib import metadata
 from pathlib import Path
 
 from launch.checks import Answer, Finding, Programs, probe_line
+from launch.mpi import family, find_mpirun, kept_here
+from testbed.errors import UserError
 
 # Any number of ranks on any machine, as root too: for Open MPI 5, and for 4.
 ANYWHERE = {
@@ -28,7 +29,11 @@ def examine_mpi(programs: Programs) -> list[Finding]:
     else:
         found = f"mpi4py loads none ({reason}); without one a run has one process"
         findings = [Finding("mpi", "library", "note", found, _LOAD_ONE)]
-    mpirun = find_mpirun(programs)
+    try:
+        mpirun = find_mpirun(programs.environment)
+    except UserError as error:
+        fix = "name one that is there, or unset MPIRUN"
+        return [*findings, Finding("mpi", "mpirun", "note", str(error), fix)]
     if not mpirun:
         found = "not in PATH"
         return [*findings, Finding("mpi", "mpirun", "note", found, _LOAD_ONE)]
@@ -51,29 +56,6 @@ def first_line(version: str) -> str:
     return " ".join(line.partition(", package")[0].replace("Version:", "").split())
 
 
-def family(text: str) -> str:
-    """Return whose MPI this is, by what it says of its version; empty if it is none of these."""
-    for name, marks in (
-        ("Open MPI", ("Open MPI", "OpenRTE", "PRRTE")),
-        ("Intel MPI", ("Intel(R) MPI",)),
-        ("MVAPICH", ("MVAPICH",)),
-        ("MPICH", ("MPICH", "HYDRA")),
-    ):
-        if any(mark in text for mark in marks):
-            return name
-    return ""
-
-
-def find_mpirun(programs: Programs) -> str | None:
-    """Return the mpirun of ``MPIRUN``, of PATH, or beside this Python."""
-    beside = Path(sys.executable).with_name("mpirun")
-    return (
-        programs.find(programs.environment.get("MPIRUN") or "mpirun")
-        or programs.find("mpirun")
-        or (str(beside) if beside.exists() else None)
-    )
-
-
 def _mpirun(programs: Programs, mpirun: str, launcher: str, library: str) -> Finding:
     found = f"{mpirun}, of {launcher or 'an unknown MPI'}"
     # Intel's and MPICH's start each other's ranks.
@@ -81,8 +63,9 @@ def _mpirun(programs: Programs, mpirun: str, launcher: str, library: str) -> Fin
         found += f", but mpi4py loads {library}"
         fix = f"take the mpirun of {library}: MPIRUN=/path/to/mpirun, or another module"
         return Finding("mpi", "mpirun", "note", found, fix)
-    if not programs.find("mpirun") and "MPIRUN" not in programs.environment:
-        found += ", which is not in PATH"
+    first = programs.find("mpirun")
+    if not programs.environment.get("MPIRUN") and not (first and Path(first).samefile(mpirun)):
+        found += f", but in PATH is {first}" if first else ", which is not in PATH"
         return Finding("mpi", "mpirun", "note", found, f"source {Path(mpirun).parent}/activate")
     return Finding("mpi", "mpirun", "ok", found)
 
@@ -91,6 +74,7 @@ def _hello(programs: Programs, mpirun: str, launcher: str, library: str) -> Find
     changes = {k: v for k, v in ANYWHERE.items() if k not in programs.environment}
     if os.geteuid() == 0:
         changes |= _ROOT
+    changes |= kept_here(launcher, programs.environment)
     line = (mpirun, "-n", "2", *probe_line("hello"))
     answer = programs.ask(*line, seconds=12, changes=changes)
     apart = (

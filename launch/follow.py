@@ -1,6 +1,7 @@
 """How far a submitted job is: what Slurm says of it, and what is in its results files."""
 
 import re
+import shutil
 import sys
 import time
 from collections import Counter
@@ -130,17 +131,25 @@ def look(job: str) -> list[Part]:
     if said.returncode != 0 and "Invalid job id" not in said.stderr:
         return []
     # Slurm forgets a job some minutes after its end; its accounts do not, where they are kept.
+    return _look_back(job)
+
+
+def _look_back(job: str) -> list[Part]:
+    """Return the parts of a job that is over; none where its accounts cannot be read now."""
+    unknown = UserError(
+        f"job {job}: Slurm does not know it any more, and keeps no accounts of it; its log tells "
+        "how it has ended"
+    )
+    if shutil.which("sacct") is None:
+        raise unknown
     try:
-        kept = Command(["sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", job]).finish().stdout
-    except UserError:
-        kept = ""
+        said = Command(["sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", job]).finish()
+    except NoAnswer:
+        return []
     # CANCELLED by 1000
-    rows = re.findall(r"^([^|\n]+)\|([A-Z_]+)", kept, re.MULTILINE)
-    if not rows:
-        raise UserError(
-            f"job {job}: Slurm does not know it any more, and keeps no accounts of it; its log "
-            "tells how it has ended"
-        )
+    rows = re.findall(r"^([^|\n]+)\|([A-Z_]+)", said.stdout, re.MULTILINE)
+    if not rows and (said.returncode == 0 or "storage is disabled" in said.stderr):
+        raise unknown
     return [Part(name, state) for name, state in rows]
 
 

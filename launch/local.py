@@ -2,12 +2,12 @@
 
 import argparse
 import os
-import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from launch.asked import Asked, add_run, read_run
-from launch.checks_mpi import family
+from launch.mpi import family, find_mpirun, kept_here
 from launch.words import Command
 from testbed.errors import UserError
 
@@ -47,7 +47,7 @@ def _local(options: argparse.Namespace) -> int:
         raise UserError(*asked.problem)
     for line in asked.problem:
         print(f"note: {line}", file=sys.stderr)
-    mpirun = find_mpirun()
+    mpirun = find_mpirun(os.environ)
     said = "" if mpirun is None else Command([mpirun, "--version"]).finish().stdout
     cpus = own_cpus()
     command = local_command(
@@ -64,24 +64,6 @@ def _local(options: argparse.Namespace) -> int:
     return 0
 
 
-def find_mpirun() -> str | None:
-    """Return the mpirun of ``MPIRUN``, or of this Python's environment, or of the path.
-
-    Raises
-    ------
-    UserError
-        MPIRUN names none.
-    """
-    chosen = os.environ.get("MPIRUN")
-    if chosen:
-        found = shutil.which(chosen)
-        if found is None:
-            raise UserError(f"MPIRUN={chosen}: there is no such program")
-        return found
-    beside = Path(sys.executable).with_name("mpirun")
-    return str(beside) if os.access(beside, os.X_OK) else shutil.which("mpirun")
-
-
 def local_command(
     asked: Asked,
     mpirun: str | None,
@@ -90,6 +72,7 @@ def local_command(
     cores: int,
     ranks: int | None = None,
     bind: bool = True,
+    environment: Mapping[str, str] = os.environ,
 ) -> Command:
     """Return the command line of a run on this machine.
 
@@ -105,6 +88,8 @@ def local_command(
         How many are asked for.
     bind
         Whether ranks may be bound to cores, where there are enough.
+    environment
+        Of this process.
 
     Raises
     ------
@@ -127,8 +112,8 @@ def local_command(
     launcher = ["bash", str(_WRAPPER)]
     if asked.tolerant:
         launcher += ["--with-ft", "ulfm"]
-    settings = {"MPIRUN": mpirun}
     whose = family(said)
+    settings = {"MPIRUN": mpirun, **kept_here(whose, environment)}
     enough = ranks * asked.threads <= cores
     if whose == "Open MPI":
         if os.geteuid() == 0:  # whom Open MPI refuses

@@ -5,7 +5,9 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from launch.asked import Asked
 from launch.submit import known_partitions
@@ -55,7 +57,20 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
     count.add_argument("--gpus-per-node", type=int, default=0, metavar="N", help="(default: 0)")
     count.add_argument("--cpus-per-task", type=int, metavar="N", help="(default: compute.threads)")
     count.add_argument("--time", metavar="D-HH:MM:SS", help="limit (default: the partition's)")
-    count.add_argument("--array", type=int, metavar="N", help="so many jobs, each with a share")
+    count.add_argument(
+        "--array", type=_share_count, metavar="N", help="so many jobs, each with a share"
+    )
+
+
+def _share_count(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        range_ = re.fullmatch(r"0-(\d+)", text)  # as sbatch's own option has it
+        fit = int(range_[1]) + 1 if range_ else 16
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, expected how many: --array {fit}"
+        ) from None
 
 
 def check_numbers(options: argparse.Namespace) -> None:
@@ -85,6 +100,11 @@ def check_numbers(options: argparse.Namespace) -> None:
             raise UserError(f"--sbatch={argument}: expected an option, as in --sbatch=--mem=32G")
 
 
+def sbatch_words(options: argparse.Namespace) -> list[str]:
+    """Return the words that are added for sbatch."""
+    return [word for argument in options.sbatch for word in shlex.split(argument)]
+
+
 def read_time(text: str) -> int | None:
     """Return the seconds of a time limit in sbatch's notations; None where it is none of them.
 
@@ -109,8 +129,19 @@ def read_time(text: str) -> int | None:
     return seconds or None  # 0 is no limit
 
 
-def choose_resources(options: argparse.Namespace, asked: Asked) -> Resources:
+def choose_resources(
+    options: argparse.Namespace, asked: Asked, environment: Mapping[str, str]
+) -> Resources:
     """Return what a job asks for; what was not said is computed.
+
+    Parameters
+    ----------
+    options
+        As the command line has them.
+    asked
+        What is to be run.
+    environment
+        Of this process, which sbatch looks at too.
 
     Raises
     ------
@@ -130,7 +161,7 @@ def choose_resources(options: argparse.Namespace, asked: Asked) -> Resources:
         )
     tasks = options.ntasks_per_node or options.gpus_per_node
     if not tasks:
-        cores = _cores_per_node(options)
+        cores = _cores_per_node(find_partition(options, environment))
         tasks = cores // threads
         if tasks < 1:
             raise UserError(
@@ -153,23 +184,34 @@ def _clients(count: int) -> str:
     return "1 client" if count == 1 else f"{count} clients"
 
 
-def _cores_per_node(options: argparse.Namespace) -> int:
+def find_partition(options: argparse.Namespace, environment: Mapping[str, str]) -> str:
+    """Return the partition that sbatch will take; empty for the default one."""
+    found: str = options.partition or environment.get("SBATCH_PARTITION", "")
+    words = sbatch_words(options)
+    for word, after in pairwise([*words, ""]):
+        # sbatch takes any beginning of an option that only one has.
+        match = re.fullmatch(r"-p(.*)|--part[a-z]*(?:=(.*))?", word)
+        if match:
+            found = match[1] or match[2] or after
+    return found
+
+
+def _cores_per_node(partition: str) -> int:
     """Return how many cores every node of the partition has; hardware threads are none."""
     hint = "say how many ranks each node has, by --ntasks-per-node"
     if shutil.which("sinfo") is None:
         raise UserError(f"without sinfo the nodes' CPUs are not known: {hint}")
     words = ["sinfo", "-h", "-o", "%P %c %X %Y"]
-    said = Command(words + (["-p", options.partition] if options.partition else [])).finish()
+    said = Command(words + (["-p", partition] if partition else [])).finish()
     found: list[int] = []
     for line in said.stdout.splitlines():
         # PARTITION CPUS SOCKETS CORES-PER-SOCKET, as in 48+ where nodes differ: that is the least.
         match = re.fullmatch(r"\s*(\S+) +(\d+)\S* +(\d+)\S* +(\d+)\S*\s*", line)
-        if match and (match[1].endswith("*") or options.partition):
+        if match and (match[1].endswith("*") or partition):
             found.append(min(int(match[2]), int(match[3]) * int(match[4])))
-    if not found and options.partition and said.returncode == 0:
+    if not found and partition and said.returncode == 0:
         raise UserError(
-            f"--partition {options.partition}: sinfo does not list it; it takes one of: "
-            f"{known_partitions()}"
+            f"partition {partition}: sinfo does not list it, expected one of: {known_partitions()}"
         )
     if not found:
         reason = said.stderr.strip() or "it lists no default partition: name one with --partition"

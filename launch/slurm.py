@@ -3,14 +3,19 @@
 import argparse
 import os
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch.asked import Asked, add_run, read_run
-from launch.resources import Resources, add_resources, check_numbers, choose_resources
+from launch.asked import Asked, add_run, read_run, share_output, shown_output
+from launch.resources import (
+    Resources,
+    add_resources,
+    check_numbers,
+    choose_resources,
+    sbatch_words,
+)
 from launch.submit import submit
 from launch.words import Command
 from testbed.errors import UserError
@@ -59,11 +64,17 @@ def add_slurm(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _slurm(options: argparse.Namespace) -> int:
     check_numbers(options)
-    asked = read_run(options)
+    asked = read_run(options, options.array)
+    results = shown_output(asked.output, options.array)
+    if asked.complete:
+        print(f"{results}: the run is complete", file=sys.stderr)
+        return 0
     for line in asked.problem:
         print(f"note: as seen from here, {line}", file=sys.stderr)
     root = find_scripts(os.environ)
-    command = slurm_command(options, asked, choose_resources(options, asked), root, os.environ)
+    command = slurm_command(
+        options, asked, choose_resources(options, asked, os.environ), root, os.environ
+    )
     print(command, flush=True)
     if options.dry_run:
         return 0
@@ -75,7 +86,7 @@ def _slurm(options: argparse.Namespace) -> int:
     job = submit(command)
     log = log_name(options, asked, job, os.environ)
     where = f"; log: {log}" if log else ""
-    print(f"job {job}; results: {shown_output(asked.output, options.array)}{where}", flush=True)
+    print(f"job {job}; results: {results}{where}", flush=True)
     if not options.follow:
         return 0
     from launch.follow import follow
@@ -136,9 +147,11 @@ def slurm_command(
         words += [f"--{name}={value}"] if value else []
     words += [f"--signal=B:USR1@{options.warning}"]
     settings = {"TESTBED_ROOT": str(root)}
-    if environment.get("SBATCH_EXPORT", "ALL") != "ALL":
+    exported = environment.get("SBATCH_EXPORT", "ALL")
+    if "ALL" not in exported.upper().split(","):
         # Some sites' default, under which the job would get none of these.
-        settings["SBATCH_EXPORT"] = "ALL"
+        nothing = exported.upper() in ("NONE", "NIL")
+        settings["SBATCH_EXPORT"] = "ALL" if nothing else f"ALL,{exported}"
     if options.launcher:
         settings["TESTBED_LAUNCHER"] = options.launcher
     if options.max_requeues is not None:
@@ -154,24 +167,9 @@ def slurm_command(
         script = "sweep.sbatch"
         words += [f"--array=0-{options.array - 1}"]
         settings["TESTBED_SHARES"] = str(options.array)
-    for argument in options.sbatch:
-        words += shlex.split(argument)
+    words += sbatch_words(options)
     words.append(str(root / "slurm" / script))
     return Command([*words, *asked.words, "-o", str(asked.output)], settings)
-
-
-def share_output(output: Path, index: int, shares: int | None) -> Path:
-    """Return the results file of a share, as slurm/sweep.sbatch names it."""
-    if not shares:
-        return output
-    return output.with_name(f"{output.name.removesuffix('.h5')}_{index}of{shares}.h5")
-
-
-def shown_output(output: Path, shares: int | None) -> str:
-    """Return the name, or the pattern, of the results."""
-    if not shares:
-        return str(output)
-    return str(share_output(output, 0, shares)).replace(f"_0of{shares}.h5", f"_*of{shares}.h5")
 
 
 def log_name(
@@ -180,7 +178,8 @@ def log_name(
     """Return the name, or the pattern, of what jobs print; empty where another was asked for."""
     if "SBATCH_OUTPUT" in environment:
         return ""
-    if any(re.match(r"(-o|--output|-J|--job-name|-D|--chdir)\b", word) for word in options.sbatch):
+    # sbatch takes any beginning of an option that only one has.
+    if any(re.match(r"-[oJD]|--(ou|jo|chd)", word) for word in sbatch_words(options)):
         return ""
     element = "_*" if options.array else ""
     return f"{asked.output.stem}-{job}{element}.out"

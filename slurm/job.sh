@@ -27,8 +27,15 @@ trap 'stop warning' USR1 USR2
 # As at scancel, of which Slurm tells the ranks too.
 trap 'stop end' TERM
 
-# split ARGUMENT...: the experiment's file, --output, and what goes to `testbed run` as it is.
+# number NAME: the setting of this name is to be one.
+number() {
+  [[ ${!1-} =~ ^[0-9]{1,9}$ ]] || fail "$1=${!1-}: expected a number"
+}
+
+# split SCRIPT ARGUMENT...: the experiment's file, --output, and what goes to `testbed run` as it is.
 split() {
+  local script=slurm/$1
+  shift
   experiment=''
   output=''
   rest=()
@@ -50,7 +57,10 @@ split() {
         rest+=("$1" "$2")
         shift
         ;;
-      -*) rest+=("$1") ;;
+      --profile=* | --progress=* | --on-rank-loss=* | --deadline=* | --share=* | --overwrite | --resume)
+        rest+=("$1")
+        ;;
+      -*) fail "unknown option $1: those of sbatch go before $script, those of \`testbed run\` behind it, in full" ;;
       *)
         # The first is the file, whatever is in its name.
         if [ -z "$experiment" ]; then
@@ -64,7 +74,7 @@ split() {
     esac
     shift
   done
-  [ -n "$experiment" ] || fail "which experiment? sbatch slurm/SCRIPT FILE.yaml [key=value ...] [-o FILE.h5]"
+  [ -n "$experiment" ] || fail "which experiment? sbatch $script FILE.yaml [key=value ...] [-o FILE.h5]"
   [ -f "$experiment" ] || fail "$experiment: no such file, seen from $PWD on $(hostname -s)"
   if [ -z "$output" ]; then
     output=$(basename "$experiment")
@@ -79,6 +89,8 @@ launcher() {
   local with=$TESTBED_LAUNCHER types tolerant='' extra mpirun=${MPIRUN:-mpirun}
   [[ " $* " != *" --on-rank-loss continue "* && " $* " != *" --on-rank-loss=continue "* ]] || tolerant=1
   types=$(srun --mpi=list 2>&1)
+  # What asks for the end of the job may have ended srun too.
+  [ -z "$asked" ] || return 0
   if [ -z "$with" ]; then
     with=mpirun
     if [ -z "$tolerant" ] && grep -qw pmix <<<"$types"; then
@@ -130,14 +142,16 @@ may_go_on() {
 }
 
 # Whether Slurm has the job for running still. It has not after scancel, nor where Slurm itself puts
-# a preempted job back into the queue. A busy controller is asked again.
+# a preempted job back into the queue. A controller that is busy, or restarts, is asked again.
 is_running() {
   local state=''
-  for pause in 0 2 10; do
+  for pause in 0 2 10 20 40; do
     sleep $pause
     state=$(scontrol show job "$job" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
     [ -z "$state" ] || break
   done
+  [ -n "$state" ] ||
+    say "the controller does not answer: not queued again; the same sbatch line goes on"
   [ "$state" = RUNNING ]
 }
 
@@ -170,9 +184,9 @@ await() {
 # run_in_tasks ARGUMENT...: the testbed in all tasks of the job, which is to make $output.
 run_in_tasks() {
   local status=$EXIT_STOPPED
-  launcher "$@"
-  say "$(printf '%q ' "${start[@]}" python -m testbed "$@")"
+  [ -n "$asked" ] || launcher "$@"
   if [ -z "$asked" ]; then
+    say "$(printf '%q ' "${start[@]}" python -m testbed "$@")"
     "${start[@]}" python -m testbed "$@" &
     child=$!
     [ -z "$asked" ] || stop "$asked"
@@ -180,15 +194,16 @@ run_in_tasks() {
     wait "$child"
     status=$?
   fi
+  # Some launchers say so of ranks that were ended, also by what asks for the end of the job.
+  if [ "$status" = 0 ] && [ ! -e "$output" ]; then
+    say "${start[0]##*/} says that all is well, but $output is not complete"
+    status=1
+    [ -z "$asked" ] || status=$EXIT_STOPPED
+  fi
   # Slurm's own end of this script is to be heard.
   trap - TERM
   if may_go_on "$status" && is_running; then
     requeue
-  fi
-  # Some launchers say so of ranks that were ended.
-  if [ "$status" = 0 ] && [ ! -e "$output" ]; then
-    say "${start[0]##*/} says that all is well, but $output is not complete"
-    status=1
   fi
   return "$status"
 }
@@ -199,10 +214,12 @@ set +u
 # shellcheck source=env.sh
 source "$TESTBED_ROOT/slurm/env.sh"
 set -u
+number TESTBED_MAX_REQUEUES
 # After sbatch --export=NONE, srun would start the ranks without all this.
 export SLURM_EXPORT_ENV=ALL
 if [ -d "$TESTBED_VENV/bin" ]; then
   PATH=$TESTBED_VENV/bin:$PATH
 fi
-python -c 'import h5py, pydantic, testbed' 2>/dev/null ||
+# Any folder of that name can be imported; and what asks for the end of the job may end Python too.
+python -c 'import h5py, pydantic; from testbed import __version__' 2>/dev/null || [ -n "$asked" ] ||
   fail "no Python with the testbed on $(hostname -s): install it on a login node (launch/quickstart does), or set TESTBED_VENV in slurm/env.sh"

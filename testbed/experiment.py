@@ -243,30 +243,29 @@ class ResolvedExperiment:
     points: Sequence[Point]
 
     def roots(self) -> Iterator[tuple[str, Path]]:
-        """Yield the places that data are said to be read from, each once, with their keys."""
-        found = {}
-        for point in self.points:
-            data, adversary = point.scenario.data, point.scenario.adversary
-            found["data.root", data.root] = data.root
-            found["adversary.auxiliary_root", adversary.auxiliary_root] = adversary.auxiliary_root
-        for (key, _), root in found.items():
-            if root is not None:
-                yield key, root
+        """Yield the places that data are read from, each once, with their keys."""
+        yield from dict.fromkeys(
+            (key, root) for key, name, root in self._data() if root and DATASETS[name].root
+        )
 
     def require_data(self) -> None:
         """Raise `UserError` where a data set lacks its root: to run, not to check, needs one."""
+        for key, name, root in self._data():
+            wanted = DATASETS[name].root
+            if wanted and root is None:
+                raise UserError(
+                    f"the data set {name!r} is read from a {wanted} of yours: "
+                    f"set {key}={wanted.upper()}"
+                )
+
+    def _data(self) -> Iterator[tuple[str, str, Path | None]]:
+        """Yield the data sets of all scenarios: the key of the root, the name, and the root."""
         for point in self.points:
             data, adversary = point.scenario.data, point.scenario.adversary
-            for name, root, key in (
-                (data.name, data.root, "data.root"),
-                (adversary.auxiliary_data, adversary.auxiliary_root, "adversary.auxiliary_root"),
-            ):
-                wanted = DATASETS[name].root if name else None
-                if wanted and root is None:
-                    raise UserError(
-                        f"the data set {name!r} is read from a {wanted} of yours: "
-                        f"set {key}={wanted.upper()}"
-                    )
+            yield "data.root", data.name, data.root
+            if adversary.auxiliary_data:
+                auxiliary = adversary.auxiliary_data, adversary.auxiliary_root
+                yield "adversary.auxiliary_root", *auxiliary
 
     def to_yaml(self) -> str:
         """Return the experiment file, overrides applied and defaults filled in."""

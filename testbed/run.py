@@ -191,7 +191,7 @@ def _advice(options: RunOptions, transport: Transport) -> str:
     if options.on_rank_loss != "end":
         words += ["--on-rank-loss", options.on_rank_loss]
     if options.deadline is not None:
-        words += ["--deadline", f"{options.deadline:g}"]
+        words += ["--deadline", repr(options.deadline)]
     with_ = "with"
     if options.experiment is not None:
         resume = " and --resume" + (" in place of --overwrite" if options.overwrite else "")

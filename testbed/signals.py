@@ -10,7 +10,8 @@ from types import FrameType
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
-_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+# SIGHUP where the terminal is closed; `nohup` has it ignored.
+_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class StopSignal:
@@ -49,7 +50,7 @@ class StopSignal:
 
         The interpreter gives signals back their default effect as it ends, which takes a while.
         """
-        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        for number in set(_SIGNALS) - {signal.SIGINT}:
             signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number: int, _: FrameType | None) -> None:

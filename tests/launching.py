@@ -26,7 +26,7 @@ if not Path(MPIRUN).exists():
 # Whether the test that runs is marked as one that does: conftest.py says so.
 may_start_ranks = True
 # That a run takes over.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)

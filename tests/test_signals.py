@@ -95,13 +95,16 @@ def lives(process):
     return stat.rpartition(") ")[2][0] not in "ZX"
 
 
-def started_launcher(tmp_path, script):
-    """Start the launcher with a program in mpirun's place, and wait until that says "ready"."""
+def started_launcher(tmp_path, script, *through):
+    """Start the launcher with a program in mpirun's place, and wait until that says "ready".
+
+    ``through`` is what starts it, if not this process.
+    """
     program = tmp_path / "mpirun"
     program.write_text(f"#!/usr/bin/env python3\nimport os, signal, time\n{script}")
     program.chmod(0o755)
     process = subprocess.Popen(
-        [str(LAUNCHER), "-n", "1", "true"],
+        [*through, str(LAUNCHER), "-n", "1", "true"],
         env={**environment(), "MPIRUN": str(program)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -114,21 +117,45 @@ def started_launcher(tmp_path, script):
 
 # What the launcher does by itself.
 
+# Ends as a run that was asked to stop.
+STOPPABLE = (
+    "signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))\n"
+    "print('ready', flush=True)\n"
+    "while True: time.sleep(1)\n"
+)
+
 
 def test_the_launcher_tells_the_status_of_a_job_that_ends_as_a_signal_comes(tmp_path):
     # The job ends by the signal that the launcher hands on, while more of them come.
-    script = (
-        "signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))\n"
-        "print('ready', flush=True)\n"
-        "while True: time.sleep(1)\n"
-    )
     for _ in range(5):
-        process = started_launcher(tmp_path, script)
+        process = started_launcher(tmp_path, STOPPABLE)
         while process.poll() is None:
             process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGHUP)
             time.sleep(0.002)
         assert process.wait(timeout=30) == EXIT_STOPPED, process.communicate()
         process.communicate()
+
+
+def test_the_end_of_a_terminal_is_handed_on_though_nobody_reads_what_is_said(tmp_path):
+    with started_launcher(tmp_path, STOPPABLE) as process:
+        process.stderr.close()
+        process.send_signal(signal.SIGHUP)
+        try:
+            assert process.wait(timeout=30) == EXIT_STOPPED
+        finally:
+            kill_tree(process.pid)
+
+
+def test_under_nohup_the_launcher_outlives_its_terminal(tmp_path):
+    with started_launcher(tmp_path, STOPPABLE, "nohup") as process:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)  # it looks for signals five times a second
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=30)[1]
+        assert process.returncode == EXIT_STOPPED
+        assert "SIGHUP" not in said
+        assert "finishing the round (SIGTERM" in said
 
 
 def test_a_second_sigint_ends_what_has_left_the_group_and_does_not_listen(tmp_path):
@@ -203,7 +230,7 @@ def test_what_was_stopped_goes_on_and_is_the_same_in_the_end(tmp_path):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_the_launcher_translates_what_mpirun_does_not_forward(tmp_path, name):
     experiment = written(tmp_path / "e.yaml", rounds=100_000)
     words = command("run", experiment, "-o", tmp_path / "r.h5", "--progress", "none")
@@ -245,7 +272,7 @@ def test_a_second_sigint_to_the_launcher_ends_everything_at_once(tmp_path):
     assert committed(tmp_path / "r.h5") > 0
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_a_single_process_stops_after_its_round(tmp_path, name):
     experiment = written(tmp_path / "e.yaml", rounds=100_000)
     line = command("run", experiment, "-o", tmp_path / "r.h5", "--progress", "none")

@@ -33,7 +33,7 @@ from launch.checks_machine import (
     physical_cores,
     shared_finding,
 )
-from launch.checks_mpi import examine_mpi, family, first_line, met, open_mpi_findings
+from launch.checks_mpi import examine_mpi, first_line, met, open_mpi_findings
 from launch.checks_python import (
     DISTRIBUTION,
     examine_packages,
@@ -53,6 +53,14 @@ from launch.doctor import render
 
 GIB = 2**30
 REPOSITORY = Path(__file__).parents[2]
+# Of one task, on a machine that is not this one.
+JOB = {
+    "SLURM_JOBID": "7",
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "elsewhere",
+    "SLURM_NODELIST": "elsewhere",
+    "SLURM_TASKS_PER_NODE": "1",
+}
 
 
 def program(folder, name, script):
@@ -184,8 +192,9 @@ def test_another_environment_than_the_one_activated_is_noted():
 
 
 @pytest.mark.ranks
-def test_two_ranks_of_this_machines_mpi_meet():
-    findings = examine_mpi(Programs({**environment(), "MPIRUN": MPIRUN}))
+@pytest.mark.parametrize("job", [{}, JOB], ids=["by itself", "within a job"])
+def test_two_ranks_of_this_machines_mpi_meet(job):
+    findings = examine_mpi(Programs({**environment(), "MPIRUN": MPIRUN, **job}))
     assert named(findings, "library").state == "ok"
     assert named(findings, "two ranks").state == "ok", named(findings, "two ranks")
     assert (named(findings, "ULFM").state == "ok") == has_ulfm()
@@ -197,8 +206,8 @@ def test_an_mpirun_of_another_library_is_recognised(tmp_path):
     own, other = ("Open MPI", "MPICH") if is_open_mpi() else ("MPICH", "Open MPI")
     # As it is in truth: each process is a world of its own.
     script = f'[ "$1" != --version ] || {{ echo "{says}"; exit; }}\nshift 2\n"$@" & "$@" & wait'
-    program(tmp_path, "mpirun", script)
-    findings = examine_mpi(Programs(only(tmp_path)))
+    mpirun = program(tmp_path, "mpirun", script)
+    findings = examine_mpi(Programs(only(tmp_path, MPIRUN=mpirun)))
     assert named(findings, "mpirun").state == "note"
     assert f"of {other}, but mpi4py loads {own}" in named(findings, "mpirun").found
     assert named(findings, "two ranks").found.startswith("two worlds of one rank")
@@ -207,14 +216,15 @@ def test_an_mpirun_of_another_library_is_recognised(tmp_path):
 
 def test_an_mpirun_that_hangs_is_given_up(tmp_path):
     script = '[ "$1" != --version ] || { echo "mpirun (Open MPI) 5.0.1"; exit; }\nsleep 99'
-    program(tmp_path, "mpirun", script)
+    mpirun = program(tmp_path, "mpirun", script)
     program(tmp_path, "ompi_info", "sleep 99")
     (tmp_path / "mpi4py.py").write_text(
         "class rc: pass\n"
         "class MPI:\n Comm = object\n Get_library_version = lambda: 'Open MPI v5.0.1'\n"
     )
     started = time.monotonic()
-    findings = examine_mpi(Programs(only(tmp_path, PYTHONPATH=str(tmp_path)), seconds=4))
+    names = only(tmp_path, PYTHONPATH=str(tmp_path), MPIRUN=mpirun)
+    findings = examine_mpi(Programs(names, seconds=4))
     assert time.monotonic() - started < 40
     assert named(findings, "two ranks").found.startswith("no answer within")
     assert "mpirun -n 2 hostname" in named(findings, "two ranks").fix
@@ -224,13 +234,31 @@ def test_an_mpirun_that_hangs_is_given_up(tmp_path):
 def test_an_mpi_that_kills_its_process_is_a_note(tmp_path):
     (tmp_path / "mpi4py.py").write_text("import os; os.abort()")
     script = '[ "$1" = --version ] && echo "mpirun (Open MPI) 4.1.4"'
-    program(tmp_path, "mpirun", script)
+    mpirun = program(tmp_path, "mpirun", script)
     program(tmp_path, "ompi_info", "echo options:ft_mpi_support:no")
-    findings = examine_mpi(Programs(only(tmp_path, PYTHONPATH=str(tmp_path))))
+    findings = examine_mpi(Programs(only(tmp_path, PYTHONPATH=str(tmp_path), MPIRUN=mpirun)))
     assert named(findings, "library").state == "note"
     assert "exit status -6" in named(findings, "library").found
     assert "slurm/env.sh" in named(findings, "library").fix
     assert named(findings, "ULFM").state == "note"
+
+
+def test_the_mpirun_is_that_of_the_launcher(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    version = 'echo "mpirun (Open MPI) 5.0.1"'
+    beside = program(tmp_path / "bin", "mpirun", version)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
+
+    def found(folder, **more):
+        finding = named(examine_mpi(Programs(only(folder, **more))), "mpirun")
+        return finding.state, finding.found.removeprefix(f"{beside}, of Open MPI")
+
+    assert found(tmp_path / "bin") == ("ok", "")
+    assert found(tmp_path) == ("note", ", which is not in PATH")
+    other = program(tmp_path, "mpirun", version)
+    assert found(tmp_path) == ("note", f", but in PATH is {other}")
+    assert found(tmp_path, MPIRUN=other) == ("ok", f"{other}, of Open MPI")
+    assert found(tmp_path, MPIRUN="absent") == ("note", "MPIRUN=absent: there is no such program")
 
 
 def test_versions_of_mpi_libraries():
@@ -239,11 +267,6 @@ def test_versions_of_mpi_libraries():
     intel = "Intel(R) MPI Library 2021.9 for Linux* OS\n"
     lines = [first_line(text) for text in (open_mpi, mpich, intel)]
     assert lines == ["Open MPI v5.0.11", "MPICH 5.0.2", "Intel(R) MPI Library 2021.9 for Linux* OS"]
-    assert [family(line) for line in lines] == ["Open MPI", "MPICH", "Intel MPI"]
-    assert family("HYDRA build details:\n    Version: 4.2") == "MPICH"
-    assert family("CRAY MPICH version 8.1.27.26 (ANL base 3.4a2)") == "MPICH"
-    assert family("MVAPICH2 Version: 2.3.7") == "MVAPICH"
-    assert family("lam 7") == ""
 
 
 def test_what_an_open_mpi_says_of_itself():
@@ -477,6 +500,25 @@ def test_limits_of_control_groups_are_those_of_all_around(tmp_path):
     assert memory_limit(tmp_path) == 3 * GIB
 
 
+def test_limits_of_control_groups_of_version_1(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    groups = "3:cpuset:/other\n2:cpu,cpuacct:/a/b\n1:name=systemd:/x\n0::/\n"
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+
+    def limit(folder, quota):
+        group = tmp_path / "sys/fs/cgroup/cpu" / folder
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (group / "cpu.cfs_period_us").write_text("100000\n")
+        return cpu_limit(tmp_path)
+
+    assert limit("other", 100000) == 0
+    assert limit("a/b", -1) == 0
+    assert limit("a", 250000) == 2.5
+    # As in a container, which sees its own group as the root, and no other.
+    assert limit("", 150000) == 1.5
+
+
 def test_shared_memory_and_open_files():
     assert shared_finding("/dev/shm", 8 * GIB, 8 * GIB).state == "ok"
     small = shared_finding("/dev/shm", GIB // 16, GIB // 16)
@@ -543,7 +585,7 @@ def test_locks_modes_and_room():
     broken = locks_finding("No locks available", "Function not implemented")
     assert broken.state == "note"
     assert "nothing keeps two runs from writing the same file" in broken.found
-    assert "HDF5_USE_FILE_LOCKING=BEST_EFFORT" in broken.fix
+    assert "HDF5_USE_FILE_LOCKING=FALSE" in broken.fix
     assert "HDF5_USE_FILE_LOCKING" not in locks_finding("No locks available", "").fix
     assert mode_finding(ordered=True, refused="").found.startswith("written with SWMR")
     assert "does not keep the order" in mode_finding(ordered=False, refused="").found

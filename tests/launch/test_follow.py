@@ -130,9 +130,33 @@ def test_a_job_that_nobody_remembers_is_an_error(path):
     fake(path, "scontrol", "", FORGOTTEN, status=1)
     with pytest.raises(UserError, match=r"^job 16: Slurm does not know it any more"):
         look("16")
-    fake(path, "sacct", "", "Slurm accounting storage is disabled\n", status=1)
-    with pytest.raises(UserError, match=r"^job 16: Slurm does not know it any more"):
-        look("16")
+    for said, status in (("Slurm accounting storage is disabled\n", 1), ("", 0)):
+        fake(path, "sacct", "", said, status)
+        with pytest.raises(UserError, match=r"^job 16: Slurm does not know it any more"):
+            look("16")
+
+
+def test_accounts_that_cannot_be_read_for_a_moment_are_read_later(path, monkeypatch, capsys):
+    fake(path, "scontrol", "", FORGOTTEN, status=1)
+    refused = "sacct: error: Problem talking to the database: Connection refused"
+    script(
+        path,
+        "sacct",
+        f"""cd "{path}"; n=$(cat turn 2>/dev/null || echo 0); echo $((n + 1)) >turn
+        case $n in
+          0) echo '{refused}' >&2; exit 1 ;;
+          1) exec sleep 60 ;;
+          *) echo '16|COMPLETED' ;;
+        esac""",
+    )
+    finish = Command.finish
+    monkeypatch.setattr(Command, "finish", lambda self: finish(self, 0.5))
+    assert follow("16", [], pause=0) == 0
+    assert [line.partition(";")[0] for line in lines(capsys)] == [
+        "Slurm does not answer",
+        "completed",
+    ]
+    assert (path / "turn").read_text() == "3\n"
 
 
 def test_without_scontrol_nothing_can_be_followed(path):

@@ -1,5 +1,6 @@
 """The command line of the launchers: what it takes, and what it does without."""
 
+import ast
 import json
 import os
 import re
@@ -54,12 +55,14 @@ def test_the_doctor_takes_no_packages_and_says_which_are_missing(tmp_path):
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["local"], "the following arguments are required: experiment"),
+        (["local"], "the following arguments are required: experiment\n"),
         (["local", "-n", "two", "e.yaml"], "invalid int value: 'two'"),
         (["local", "e.yaml", "--nodes", "2"], "unrecognized arguments: --nodes"),
         (["doctor", ".", "elsewhere"], "unrecognized arguments: elsewhere"),
         (["slurm", "e.yaml", "--with", "ssh"], "invalid choice: 'ssh'"),
-        (["slurm", "e.yaml", "--sbatch", "--mem=8G"], "--sbatch: expected one argument"),
+        (["slurm", "e.yaml", "--sbatch"], "--sbatch: expected one argument"),
+        (["slurm", "e.yaml", "--array", "0-7"], "'0-7', expected how many: --array 8"),
+        (["slurm", "e.yaml", "--array", "1,3"], "'1,3', expected how many: --array 16"),
     ],
 )
 def test_wrong_arguments_are_told_with_the_usage(arguments, message, capsys):
@@ -90,6 +93,20 @@ def test_a_module_of_its_own_that_is_missing_is_no_matter_of_the_user(experiment
     monkeypatch.setitem(sys.modules, "testbed.plan", None)
     with pytest.raises(ModuleNotFoundError, match="testbed"):
         main(["local", experiment])
+
+
+def test_an_older_python_says_which_it_has_to_be():
+    text = (ROOT / "launch/__init__.py").read_text()
+    # In what Python 2 understands as well, as far as this one can tell.
+    tree = ast.parse(text, feature_version=(3, 0))
+    assert not any(isinstance(node, (ast.JoinedStr, ast.AnnAssign)) for node in ast.walk(tree))
+    code = "import sys; sys.version_info = (3, 10, 9); import launch.doctor"
+    done = finish([sys.executable, "-c", code], cwd=ROOT)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith("error: found Python 3.")
+    assert done.err.endswith(
+        "expected 3.11 or newer: PYTHON=python3.12 launch/quickstart makes a .venv\n"
+    )
 
 
 def test_overrides_may_stand_anywhere(experiment, capsys):

@@ -25,7 +25,7 @@ from launching import (
 from launch.__main__ import main
 from launch.asked import Asked
 from launch.cores import count_cores, may_bind, own_cpus
-from launch.local import find_mpirun, local_command
+from launch.local import local_command
 from testbed.errors import UserError
 from testbed.results.placed import read_ranges
 from testbed.results.reader import open_results
@@ -53,6 +53,7 @@ ASKED = Asked(
     threads=1,
     scenarios=1,
     most_ranks=None,
+    complete=False,
     problem=[],
     tolerant=False,
 )
@@ -127,8 +128,15 @@ def test_open_mpi_is_told_that_root_may_start_it(monkeypatch):
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     for user, said, expected in ((0, OPEN_MPI, allowed), (1000, OPEN_MPI, {}), (0, MPICH, {})):
         monkeypatch.setattr(os, "geteuid", lambda user=user: user)
-        command = local_command(ASKED, "m", said, cores=2)
+        command = local_command(ASKED, "m", said, cores=2, environment={})
         assert command.settings == {"MPIRUN": "m", **expected}
+
+
+def test_within_a_job_of_slurm_a_run_stays_on_this_machine():
+    for said, name, value in ((OPEN_MPI, "PRTE_MCA_ras", "^slurm"), (MPICH, "HYDRA_RMK", "user")):
+        for job in ({}, {"SLURM_JOB_ID": "7"}):
+            command = local_command(ASKED, "m", said, cores=2, environment=job)
+            assert command.settings.get(name) == (value if job else None)
 
 
 def test_without_mpirun_the_fix_is_named():
@@ -143,25 +151,6 @@ def test_there_is_one_rank_at_least(ranks):
 
 
 # What is here
-
-
-def test_mpirun_is_the_one_that_was_chosen_or_that_of_this_python(tmp_path, monkeypatch):
-    (tmp_path / "bin").mkdir()
-    elsewhere = script(tmp_path, "mpirun", "exit")
-    beside = tmp_path / "bin/mpirun"
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
-    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    monkeypatch.delenv("MPIRUN", raising=False)
-    assert find_mpirun() is None
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert find_mpirun() == str(elsewhere)
-    script(tmp_path / "bin", "mpirun", "exit")
-    assert find_mpirun() == str(beside)
-    monkeypatch.setenv("MPIRUN", "mpirun")
-    assert find_mpirun() == str(elsewhere)
-    monkeypatch.setenv("MPIRUN", str(tmp_path / "absent"))
-    with pytest.raises(UserError, match=r"MPIRUN=.*/absent: there is no such program"):
-        find_mpirun()
 
 
 def machine(root, siblings, cpuset=None, quota="max"):
@@ -229,6 +218,7 @@ def folder(tmp_path, monkeypatch):
     """Return the current folder, with an experiment; no other programs are in the path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     write_experiment(tmp_path / "e.yaml")
     return tmp_path
 
@@ -244,23 +234,23 @@ def test_a_dry_run_prints_the_line_and_starts_nothing(folder, monkeypatch, capsy
 
 
 def test_what_is_missing_here_is_an_error_but_to_a_dry_run(folder, capsys):
-    line = ["local", "-n", "1", "e.yaml", "data.name=mnist"]
+    line = ["local", "-n", "1", "e.yaml", "data.name=mnist", "data.root=absent"]
     assert main(line) == 2
     said = capsys.readouterr()
-    assert said.err.startswith("error: the data set 'mnist' is read from a folder of yours")
+    assert said.err == "error: data.root=absent does not exist: expected the data there\n"
     assert said.out == ""
     assert main([*line, "--dry-run"]) == 0
     said = capsys.readouterr()
-    assert said.err.startswith("note: the data set 'mnist'")
-    assert " testbed run e.yaml data.name=mnist -o e.h5 --resume\n" in said.out
+    assert said.err.startswith("note: data.root=absent does not exist")
+    assert " testbed run e.yaml data.name=mnist data.root=absent -o e.h5 --resume\n" in said.out
 
 
 def test_the_status_is_that_of_the_run(folder):
-    (folder / "r.h5").write_text("something else")
-    done = finish(local("-n", 1, "e.yaml", "-o", "r.h5"), cwd=folder, env=plain())
+    line = local("-n", 1, "e.yaml", "data.name=mnist", "data.root=.", "-o", "r.h5", "--resume")
+    done = finish(line, cwd=folder, env=plain())
     assert done.status == 2
-    assert done.out.endswith("testbed run e.yaml -o r.h5 --resume\n")
-    assert done.err.startswith("error: r.h5: this is no HDF5 file")
+    assert done.out.endswith("testbed run e.yaml data.name=mnist data.root=. -o r.h5 --resume\n")
+    assert done.err.startswith("error: ")
 
 
 def test_the_launcher_of_this_machine_is_known():

@@ -34,6 +34,14 @@ def test_shellcheck_has_nothing_to_say(script):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_arrays_that_may_be_empty_are_guarded():
+    """Before Bash 4.4 they count as not set."""
+    never_empty = {"start", "todo"}
+    for script in ("slurm/job.sh", "slurm/run.sbatch", "slurm/sweep.sbatch", "launch/mpirun"):
+        used = re.findall(r'(?<!\+)"\$\{(\w+)\[@\]\}"', (ROOT / script).read_text())
+        assert set(used) <= never_empty, script
+
+
 @pytest.fixture
 def batch(tmp_path):
     """Return a function that runs a batch script here, as if Slurm had started it."""
@@ -57,7 +65,9 @@ def batch(tmp_path):
             **settings,
         }
         line = ["bash", ROOT / "slurm" / script, *words]
-        return subprocess.run(line, env=env, cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run(
+            line, env=env, cwd=tmp_path, capture_output=True, text=True, start_new_session=True
+        )
 
     # What srun was asked for, in place of starting it.
     told = 'printf "%s\\n" srun "$@" "export $SLURM_EXPORT_ENV"; touch e.h5'
@@ -70,10 +80,23 @@ def batch(tmp_path):
 @pytest.mark.parametrize(
     ("words", "settings", "said"),
     [
-        ((), {}, "error: which experiment? sbatch slurm/SCRIPT FILE.yaml"),
+        ((), {}, "error: which experiment? sbatch slurm/run.sbatch FILE.yaml"),
         (("none.yaml",), {}, "error: none.yaml: no such file, seen from"),
         (("e.yaml", "f.yaml"), {}, "error: found f.yaml behind e.yaml, expected key=value"),
         (("e.yaml", "-o"), {}, "error: -o wants a file name"),
+        (
+            ("e.yaml",),
+            {"SLURM_ARRAY_TASK_ID": "3"},
+            "error: this is for one job: slurm/sweep.sbatch is for arrays",
+        ),
+        *(
+            (
+                ("e.yaml",),
+                {"TESTBED_MAX_REQUEUES": number},
+                f"error: TESTBED_MAX_REQUEUES={number}: expected a number",
+            )
+            for number in ("many", "-1", "1e3", "9" * 20)
+        ),
         (("e.yaml",), {"TESTBED_ROOT": "/"}, "error: there is no slurm/job.sh in /: submit from"),
         (("e.yaml",), {"TESTBED_LAUNCHER": "ssh"}, "TESTBED_LAUNCHER=ssh: expected srun or mpirun"),
         (
@@ -88,6 +111,26 @@ def test_what_is_missing_is_told(batch, words, settings, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert "srun" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--time", ("e.yaml", "--time", "1:00")),
+        ("--nodes", ("--nodes", "2", "e.yaml")),
+        ("-n", ("e.yaml", "-n", "2")),
+        # Abbreviated, which `testbed run` would take for the output; and misspelt.
+        ("--out=x.h5", ("e.yaml", "--out=x.h5")),
+        ("--progess=none", ("e.yaml", "--progess=none")),
+    ],
+)
+def test_options_that_are_not_those_of_a_run_are_told(batch, option, words):
+    done = batch("run.sbatch", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: unknown option {option}: those of sbatch go before slurm/run.sbatch, those of "
+        "`testbed run` behind it, in full\n"
+    )
 
 
 def test_srun_without_pmix_is_told_with_the_fix(batch):
@@ -105,15 +148,29 @@ def test_a_python_without_the_testbed_is_told(batch, tmp_path):
     assert "error: no Python with the testbed on" in done.stderr
 
 
+def test_a_folder_of_the_name_is_not_the_testbed(batch, tmp_path):
+    (tmp_path / "testbed").mkdir()
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    for name in ("h5py.py", "pydantic.py"):
+        (modules / name).touch()
+    # Without the packages of this Python, among them the testbed.
+    batch.program("python", f'PYTHONPATH="{modules}" exec "{sys.executable}" -S "$@"')
+    done = batch("run.sbatch", "e.yaml", TESTBED_VENV=str(tmp_path))
+    assert done.returncode == 2
+    assert "error: no Python with the testbed on" in done.stderr
+
+
 def test_arguments_go_to_the_testbed_as_they_are(batch, tmp_path):
     (tmp_path / "seed=3").mkdir()
     experiment = shutil.copy(tmp_path / "e.yaml", tmp_path / "seed=3")
-    words = ("--profile", "reduced", experiment, "title=a b", "sweep.seed=[1, 2]", "-o", "e.h5")
+    words = ["--profile", "reduced", experiment, "title=a b", "sweep.seed=[1, 2]", "-o", "e.h5"]
+    words += ["--progress=log", "--deadline=5", "--on-rank-loss=end", "--share=0/1", "--resume"]
     done = batch("run.sbatch", *words, SLURM_CPUS_PER_TASK="3", TESTBED_SRUN_ARGUMENTS="-c 1 -v")
     assert done.returncode == 0, done.stderr
     step = ["srun", "--cpu-bind=cores", "--mpi=pmix", "--cpus-per-task=3", "-c", "1", "-v"]
     run = ["python", "-m", "testbed", "run", experiment, "-o", "e.h5", "--resume"]
-    rest = ["--profile", "reduced", "title=a b", "sweep.seed=[1, 2]"]
+    rest = ["--profile", "reduced", "title=a b", "sweep.seed=[1, 2]", *words[7:]]
     assert done.stdout.splitlines() == [*map(str, [*step, *run, *rest]), "export ALL"]
 
 
@@ -127,7 +184,14 @@ def test_another_plugin_of_srun_can_be_asked_for(batch):
 
 # Asks for the job to be stopped: as Slurm does when the time is nearly up.
 WARN = 'kill -USR1 "$(sed -n "s/^PPid:\\t//p" /proc/$$/status)"; sleep 1'
+# The end of all processes of the job's script but itself, which hears of it.
+END = "kill -TERM 0; sleep 1"
 LISTED = '[ "$1" = --mpi=list ] && echo pmix && exit'
+# Has the job for running, and ends its script where it is to be queued again, as Slurm does.
+ALIVE = (
+    'echo "$*" >>said; case $1 in show) echo "JobState=RUNNING Reason=None" ;; '
+    "requeue) kill -TERM $PPID ;; esac"
+)
 
 
 @pytest.mark.parametrize(
@@ -139,16 +203,17 @@ LISTED = '[ "$1" = --mpi=list ] && echo pmix && exit'
         # By the run itself; and by the launcher, for ranks that it met while they were starting.
         ("srun", f"{LISTED}; exit 75"),
         ("srun", f"{LISTED}; {WARN}"),
+        # A launcher that forgets of them that they were ended.
+        ("srun", f"{LISTED}; trap : USR1; {WARN}; exit 0"),
+        # All processes of the job are told: while Python is looked for, and PMIx.
+        ("python", END),
+        ("srun", f'[ "$1" = --mpi=list ] || exit 1; {END}'),
     ],
 )
 def test_a_warning_at_any_moment_queues_the_job_again(batch, tmp_path, name, text):
     batch.program(name, text)
-    batch.program(
-        "scontrol",
-        'echo "$*" >>said; case $1 in show) echo "JobState=RUNNING Reason=None" ;; '
-        "requeue) kill -TERM $PPID ;; esac",
-    )
-    done = batch("run.sbatch", "e.yaml", TESTBED_VENV=str(tmp_path))
+    batch.program("scontrol", ALIVE)
+    done = batch("run.sbatch", "e.yaml", TESTBED_VENV=str(tmp_path), TESTBED_LAUNCHER="srun")
     assert done.returncode == -signal.SIGTERM, done.stderr  # as Slurm ends what it queues again
     assert "into the queue again, for the 1. time of 20 at most" in done.stderr
     assert (tmp_path / "said").read_text() == "show job 7\nrequeue 7\n"
@@ -161,6 +226,8 @@ def test_a_warning_at_any_moment_queues_the_job_again(batch, tmp_path, name, tex
         ("RUNNING", 1, "exit 1"),
         ("RUNNING", 2, f"trap : USR1; {WARN}; exit 2"),
         ("RUNNING", 137, "exit 137"),
+        # It was asked to, and was complete by then.
+        ("RUNNING", 0, f"trap : USR1; {WARN}; touch e.h5"),
     ],
 )
 def test_other_ends_do_not(batch, tmp_path, state, status, text):
@@ -172,13 +239,29 @@ def test_other_ends_do_not(batch, tmp_path, state, status, text):
     assert not said.exists() or "requeue" not in said.read_text()
 
 
+@pytest.mark.parametrize("silent", [4, 5])
+def test_a_controller_that_restarts_is_asked_again(batch, tmp_path, silent):
+    batch.program("sleep", 'echo "$1" >>slept')  # does not
+    batch.program("srun", f"{LISTED}; exit 75")
+    batch.program("scontrol", f"[ $(wc -l <slept) -le {silent} ] && exit 1; {ALIVE}")
+    done = batch("run.sbatch", "e.yaml")
+    slept = (tmp_path / "slept").read_text().split()
+    assert slept[:5] == ["0", "2", "10", "20", "40"]
+    said = "the controller does not answer: not queued again; the same sbatch line goes on"
+    if silent < 5:
+        assert done.returncode == -signal.SIGTERM, done.stderr
+        assert (tmp_path / "said").read_text() == "show job 7\nrequeue 7\n"
+        assert said not in done.stderr
+    else:
+        assert done.returncode == 75, done.stderr
+        assert said in done.stderr
+        assert len(slept) == 5
+
+
 def test_an_element_of_an_array_is_queued_again_alone(batch, tmp_path):
     """Its number may be that of the whole array."""
     batch.program("srun", f"{LISTED}; exit 75")
-    batch.program(
-        "scontrol",
-        'echo "$*" >>said; case $1 in show) echo "JobState=RUNNING" ;; *) kill -TERM $PPID ;; esac',
-    )
+    batch.program("scontrol", ALIVE)
     ends = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "1"}
     element = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
     batch("sweep.sbatch", "e.yaml", **element, **ends)
@@ -216,11 +299,36 @@ def test_a_share_has_a_file_of_its_own(batch):
     *_, output, resume, share, number, _ = done.stdout.splitlines()
     assert Path(output).name == "e_3of8.h5"
     assert [resume, share, number] == ["--resume", "--share", "3/8"]
-    done = batch("sweep.sbatch", "e.yaml", **array, **{**ends, "SLURM_ARRAY_TASK_MAX": "9"})
+    done = batch("sweep.sbatch", "e.yaml", **array, TESTBED_SHARES="4")
+    assert done.stdout.splitlines()[-2] == "3/4"
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "said"),
+    [
+        ((), {"SLURM_ARRAY_TASK_ID": ""}, "this is for a job array"),
+        (
+            (),
+            {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "8"},
+            "elements count from 0: --array 0-7; for some of the shares alone, set TESTBED_SHARES",
+        ),
+        ((), {"TESTBED_SHARES": "abc"}, "TESTBED_SHARES=abc: expected a number"),
+        ((), {"TESTBED_SHARES": "3"}, "element 3 of TESTBED_SHARES=3: elements count from 0"),
+        (("--share", "0/2"), {}, "--share is what each element of the array gets by itself"),
+        (("--share=0/2",), {}, "--share is what each element of the array gets by itself"),
+        (
+            ("--mem=8G",),
+            {},
+            "unknown option --mem=8G: those of sbatch go before slurm/sweep",
+        ),
+    ],
+)
+def test_what_does_not_go_with_an_array_is_told(batch, words, settings, said):
+    array = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
+    ends = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "7"}
+    done = batch("sweep.sbatch", "e.yaml", *words, **{**array, **ends, **settings})
     assert (done.returncode, done.stdout) == (2, "")
-    done = batch("sweep.sbatch", "e.yaml")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "this is for a job array" in done.stderr
+    assert done.stderr.startswith(f"error: {said}")
 
 
 def test_the_errors_of_the_page_for_cluster_users_are_those_of_the_programs():

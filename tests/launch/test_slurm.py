@@ -3,7 +3,6 @@
 import argparse
 import re
 import shlex
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from fakes import fake, script
 from hypothesis import given
 from hypothesis import strategies as st
-from launching import write_experiment
+from launching import run_here, write_experiment
 
 from launch.__main__ import main
 from launch.asked import Asked
@@ -20,8 +19,6 @@ from launch.slurm import (
     add_slurm,
     find_scripts,
     log_name,
-    share_output,
-    shown_output,
     slurm_command,
 )
 from launch.submit import find_fix, submit
@@ -35,6 +32,7 @@ ASKED = Asked(
     threads=2,
     scenarios=16,
     most_ranks=None,
+    complete=False,
     problem=[],
     tolerant=False,
 )
@@ -149,31 +147,52 @@ def test_an_argument_for_sbatch_is_an_option(argument):
 )
 def test_without_gpus_every_core_has_a_thread(path, sinfo, arguments, ranks):
     noted = fake(path, "sinfo", sinfo)
-    found = choose_resources(told("--nodes", 3, *arguments), ASKED)
+    found = choose_resources(told("--nodes", 3, *arguments), ASKED, {})
     assert found.nodes == 3
     assert found.ntasks_per_node == ranks
     assert found.ranks == 3 * ranks
     assert ("big" in noted.read_text().split()) == ("--partition" in arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "partition"),
+    [
+        ([], "big"),
+        (["--partition=gpu"], "gpu"),
+        (["--sbatch=-p gpu"], "gpu"),
+        (["--sbatch=-pgpu"], "gpu"),
+        (["--sbatch=--partition gpu"], "gpu"),
+        (["--sbatch=--mem=1G --part=gpu"], "gpu"),
+        # What comes last counts.
+        (["--partition=other", "--sbatch=-p other", "--sbatch=--partition=gpu"], "gpu"),
+        (["--sbatch=--parsable", "--sbatch=--profile=all"], "big"),
+    ],
+)
+def test_the_cores_are_those_of_the_partition_that_sbatch_takes(path, arguments, partition):
+    noted = fake(path, "sinfo", f"{partition} 8 1 8\n")
+    environment = {"SBATCH_PARTITION": "big"}
+    assert choose_resources(told(*arguments), ASKED, environment).ntasks_per_node == 4
+    assert noted.read_text().split()[-2:] == ["-p", partition]
+
+
 def test_gpus_have_a_rank_each_and_nobody_is_asked(path):
-    found = choose_resources(told("--gpus-per-node", 4), ASKED)
+    found = choose_resources(told("--gpus-per-node", 4), ASKED, {})
     assert found == Resources(nodes=1, ntasks_per_node=4, cpus_per_task=2, gpus_per_node=4)
-    found = choose_resources(told("--gpus-per-node", 2, "--ntasks-per-node", 6), ASKED)
+    found = choose_resources(told("--gpus-per-node", 2, "--ntasks-per-node", 6), ASKED, {})
     assert (found.ntasks_per_node, found.gpus_per_node) == (6, 2)
 
 
 def test_no_ranks_are_chosen_that_have_no_work(path, capsys):
     fake(path, "sinfo", "main* 64 2 32\n")
     few = replace(ASKED, most_ranks=5)
-    assert choose_resources(told(), few).ntasks_per_node == 5
-    assert choose_resources(told("--nodes", 2), few).ranks == 6
+    assert choose_resources(told(), few, {}).ntasks_per_node == 5
+    assert choose_resources(told("--nodes", 2), few, {}).ranks == 6
     assert capsys.readouterr().err == (
         "note: 6 ranks, and 5 of them would have work: a round has 4 clients\n"
     )
     # What is asked for counts.
     alone = replace(ASKED, most_ranks=2)
-    assert choose_resources(told("--ntasks-per-node", 8), alone).ranks == 8
+    assert choose_resources(told("--ntasks-per-node", 8), alone, {}).ranks == 8
     assert capsys.readouterr().err.endswith("a round has 1 client\n")
 
 
@@ -185,7 +204,7 @@ def test_resources_that_do_not_fit_the_experiment_are_errors(path):
         ([], replace(ASKED, threads=8), "each rank has 8 CPUs, and a node of the partition 4"),
     ):
         with pytest.raises(UserError, match=message):
-            choose_resources(told(*arguments), asked)
+            choose_resources(told(*arguments), asked, {})
 
 
 def test_nodes_that_are_not_known_are_errors_that_name_the_option(path):
@@ -197,10 +216,10 @@ def test_nodes_that_are_not_known_are_errors_that_name_the_option(path):
         if out is not None:
             fake(path, "sinfo", out, err, status=int(bool(err)))
         with pytest.raises(UserError, match=message):
-            choose_resources(told(*arguments), ASKED)
+            choose_resources(told(*arguments), ASKED, {})
     script(path, "sinfo", 'case "$*" in *-p*) ;; *) printf "main\\nurgent\\nmain\\n" ;; esac')
-    with pytest.raises(UserError, match=r"^--partition nope: .* it takes one of: main, urgent$"):
-        choose_resources(told("--partition", "nope"), ASKED)
+    with pytest.raises(UserError, match=r"^partition nope: .* expected one of: main, urgent$"):
+        choose_resources(told("--partition", "nope"), ASKED, {})
 
 
 # The command
@@ -263,24 +282,10 @@ def test_settings_reach_the_job_where_a_site_hands_nothing_down():
         "TESTBED_ROOT": str(ROOT),
         "SBATCH_EXPORT": "ALL",
     }
-    assert command(environment={"SBATCH_EXPORT": "ALL"})[2] == {"TESTBED_ROOT": str(ROOT)}
-
-
-@pytest.mark.parametrize("name", ["r.h5", "deep/er/r.h5", "r", "r.h5.h5", "a b.h5"])
-def test_shares_are_named_as_the_script_names_them(name):
-    lines = (ROOT / "slurm/sweep.sbatch").read_text().splitlines()
-    (naming,) = [line for line in lines if line.startswith("output=")]
-    said = subprocess.run(
-        ["bash", "-c", f'SLURM_ARRAY_TASK_ID=3 TESTBED_SHARES=16\n{naming}\necho "$output"'],
-        env={"output": name},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert str(share_output(Path(name), 3, 16)) == said.rstrip("\n")
-    assert shown_output(Path(name), 16) == said.rstrip("\n").replace("_3of16", "_*of16")
-    assert share_output(Path(name), 0, None) == Path(name)
-    assert shown_output(Path(name), None) == name
+    for name in ("ALL", "ALL,FOO=1", "FOO=1,ALL", "all"):
+        assert command(environment={"SBATCH_EXPORT": name})[2] == {"TESTBED_ROOT": str(ROOT)}
+    for name, expected in (("nil", "ALL"), ("FOO=1,BAR", "ALL,FOO=1,BAR")):
+        assert command(environment={"SBATCH_EXPORT": name})[2]["SBATCH_EXPORT"] == expected
 
 
 def test_the_log_is_named_as_the_scripts_name_it():
@@ -294,10 +299,13 @@ def test_the_log_is_named_as_the_scripts_name_it():
             pattern = pattern.replace(sign, value)
         assert log_name(told(*arguments), ASKED, "12", {}) == pattern == expected
     # Others are not known.
-    assert log_name(told("--sbatch=--output=x"), ASKED, "12", {}) == ""
-    assert log_name(told("--sbatch=-J x"), ASKED, "12", {}) == ""
     assert log_name(told(), ASKED, "12", {"SBATCH_OUTPUT": "x"}) == ""
-    assert log_name(told("--sbatch=--overcommit"), ASKED, "12", {}) == "r-12.out"
+    for words in ("-o x", "-ox.out", "--output=x", "--mem=1G --output x", "--outp=x", "--exc -J x"):
+        assert log_name(told(f"--sbatch={words}"), ASKED, "12", {}) == ""
+    for words in ("-Jname", "--job-name=x", "--job=x", "-D/tmp", "--chd=/tmp"):
+        assert log_name(told(f"--sbatch={words}"), ASKED, "12", {}) == ""
+    for words in ("--overcommit", "--open-mode=truncate", "--cpus-per-gpu=2", "-d 7"):
+        assert log_name(told(f"--sbatch={words}"), ASKED, "12", {}) == "r-12.out"
 
 
 def test_the_scripts_are_those_of_the_repository(tmp_path):
@@ -426,6 +434,42 @@ def test_what_only_other_machines_have_is_a_note(folder, capsys):
     said = capsys.readouterr()
     assert said.err.startswith("note: as seen from here, absent/r.h5: the folder absent does not")
     assert said.out.endswith("job 12; results: absent/r.h5; log: r-12.out\n")
+
+
+def test_what_is_certain_to_fail_is_not_submitted(folder, capsys):
+    noted = fake(folder, "sbatch", "12\n")
+    assert main(["slurm", "e.yaml", "data.name=mnist"]) == 2
+    assert "set data.root=FOLDER" in capsys.readouterr().err
+    (folder / "e_1of3.h5").write_text("something else")
+    assert main(["slurm", "e.yaml", "--array", "3"]) == 2
+    assert capsys.readouterr().err.startswith("error: e_1of3.h5: this is no HDF5 file")
+    assert not noted.exists()
+    # Compute nodes may have what a login node has not.
+    assert main(["slurm", "e.yaml", "data.name=mnist", "data.root=/nowhere"]) == 0
+    assert capsys.readouterr().err == (
+        "note: as seen from here, data.root=/nowhere does not exist: expected the data there\n"
+    )
+
+
+def test_what_is_complete_is_not_submitted(folder, capsys):
+    noted = fake(folder, "sbatch", "12\n")
+    small = ("e.yaml", "federation.rounds=1", "attacks=[random]")
+    for index in range(3):
+        share = ("--share", f"{index}/3", "-o", f"e_{index}of3.h5")
+        assert run_here("run", *small, *share).status == 0
+    assert main(["slurm", *small, "--array", "3", "--follow"]) == 0
+    assert capsys.readouterr() == ("", "e_*of3.h5: the run is complete\n")
+    assert not noted.exists()
+    (folder / "e_2of3.h5").unlink()
+    assert main(["slurm", *small, "--array", "3"]) == 0
+    assert noted.exists()
+
+
+def test_an_argument_for_sbatch_may_stand_behind_its_option(folder, capsys):
+    noted = fake(folder, "sbatch", "12\n")
+    line = ["slurm", "e.yaml", "--sbatch", "--mem=3G", "--sbatch", "-J x", "seed=3"]
+    assert main(line) == 0
+    assert set(noted.read_text().split("\n")) > {"--mem=3G", "-J", "x", "seed=3"}
 
 
 def test_a_refusal_is_printed_in_lines(folder, capsys):

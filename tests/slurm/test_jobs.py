@@ -146,7 +146,7 @@ def test_elements_of_an_array_alone_want_to_know_of_how_many_shares_they_are(clu
     script = cluster.script("sweep.sbatch")
     (job,) = cluster.finish(cluster.submit("--array", "1", script, "e.yaml"))
     assert job.state == "FAILED"
-    assert "error: --array is not 0-0: of how many shares are these? Set TESTBED_SHARES" in job.log
+    assert "error: elements count from 0: --array 0-0; for some of the shares alone, set" in job.log
     (job,) = cluster.finish(cluster.submit("--array", "1", script, "e.yaml", TESTBED_SHARES="2"))
     assert job.state == "COMPLETED", job.log
     assert committed(cluster.folder / "e_1of2.h5") == 6
