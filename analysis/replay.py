@@ -20,6 +20,8 @@ from analysis.replay_header import replay_header
 from testbed.errors import UserError
 
 if TYPE_CHECKING:
+    import h5py
+
     from analysis.stored import StoredScenario
     from testbed.attacks import Attack, Calibration, Observations
     from testbed.results.reader import Results
@@ -84,7 +86,7 @@ def replay(
         ]
         writer = ResultsWriter(
             output,
-            attributes=_attributes(results, chosen),
+            attributes=_attributes(results, file, chosen),
             ranks=results.ranks,
             scenarios=[scenario.header for scenario in scenarios],
             overwrite=overwrite,
@@ -137,7 +139,7 @@ class _Scenario:
     def write(self, writer: "ResultsWriter") -> None:
         """Append all committed rounds."""
         scenario = self._stored.scenario
-        used = {"updates/finite", "truth/counts", *self._observed()}
+        used = {"updates/finite", "truth/counts", "observations/row_sums", *self._observed()}
         for one in self._active:
             source = self._sources[one.label]
             if source is not None:
@@ -329,14 +331,21 @@ def _spread(
     return kept
 
 
-def _attributes(results: "Results", chosen: Sequence[Replayed]) -> dict[str, str]:
+def _attributes(
+    results: "Results", file: "h5py.File", chosen: Sequence[Replayed]
+) -> dict[str, str]:
     """Return the run's attributes, and the provenance of this replay and those before it."""
+    from testbed.results import checked
+    from testbed.results.encodings import reading
     from testbed.results.provenance import provenance
+
+    with reading(file):
+        before = checked.parsed(file.attrs, "replays", list, "[]")
+        checked.parsed(file.attrs, "dependencies", dict, "{}")  # which the writer takes apart
 
     now = provenance(results.title, "", "")
     kept = ("created", "command", "software_version", "git_commit", "dependencies")
     this = {"from": results.path.name, "attacks": [one.label for one in chosen]}
-    before = json.loads(results.attributes.get("replays", "[]"))
     return {
         **results.attributes,
         "replayed_from": results.path.name,

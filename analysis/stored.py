@@ -190,6 +190,8 @@ def _schema(group: "h5py.Group") -> dict[str, ArraySpec]:
     def visit(path: str, item: object) -> None:
         if isinstance(item, h5py.Dataset) and not item.is_scale:
             axes = checked.axes(path, item, known)
+            if axes[:1] != ("round",):
+                raise ValueError(f"{item.name} has no axis of rounds")
             arrays[path] = ArraySpec(axes, item.dtype.str, item.compression is not None)
 
     group.visititems(visit)

@@ -23,6 +23,8 @@ _MOST_RATIO = 1040
 # Of arrays that were never written, and of what is read at a time of those that were.
 _FREE_BYTES = 1 << 28
 _MOST_CHUNK_BYTES = 1 << 24
+# For each piece that is read HDF5 takes some 6 KB, whether it was written or not.
+_MOST_PIECES = 1 << 15
 _FILTERS = {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32}
 _MOST_DEPTH = 40
 
@@ -84,6 +86,9 @@ def check_claim(dataset: h5py.Dataset, nbytes: int) -> None:
     stored = dataset.id.get_storage_size()
     if nbytes > max(_FREE_BYTES, _MOST_RATIO * stored):
         raise ValueError(f"{dataset.name} announces {nbytes} bytes, the file holds {stored} of it")
+    pieces = nbytes // (math.prod(dataset.chunks or dataset.shape) * dataset.dtype.itemsize or 1)
+    if pieces > _MOST_PIECES and pieces > 2 * dataset.id.get_num_chunks():
+        raise ValueError(f"{dataset.name} announces {pieces} pieces, most of them never written")
 
 
 def length(group: h5py.Group, axis: str) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from testbed.errors import UserError, suggest
 from testbed.results import checked
 from testbed.results.records import AttackInfo, Loss, Rank, Start
-from testbed.results.schema import ANSWERS
+from testbed.results.schema import ANSWERS, KNOWLEDGE
 
 # A writer may be replacing a chunk at the very moment that it is read.
 _ATTEMPTS, _PAUSE_SECONDS = 5, 0.05
@@ -177,6 +177,8 @@ def _describe(group: h5py.Group) -> AttackInfo:
     texts = [*info.observes, *info.assumes, *info.adaptation, *info.broken.values()]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{group.name} has lists of something else than text")
+    if info.knowledge not in KNOWLEDGE:
+        raise ValueError(f"{group.name} knows {info.knowledge!r}")
     if info.answers not in ANSWERS or info.target not in ("update", "accumulated"):
         raise ValueError(f"{group.name} answers {info.answers!r} about {info.target!r}")
     return info

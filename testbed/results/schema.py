@@ -31,6 +31,8 @@ Calibrations = Mapping[str, tuple[tuple[str | int, ...], str]]
 
 # What an attack answers: the array's name and type.
 ANSWERS = {"counts": "<i4", "presence": "|i1", "distribution": "<f8"}
+# What an attack knows, from little to all; `testbed.attacks.Knowledge` says what each means.
+KNOWLEDGE = ("gradients", "model", "auxiliary", "malicious", "truth")
 _ANONYMOUS = "length_"
 
 # What the labels of attacks end in that stand beside a plain one.

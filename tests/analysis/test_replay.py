@@ -603,3 +603,37 @@ def test_what_a_share_lacks_is_told_of_the_number_in_the_sweep(tmp_path):
     path = share(tmp_path, [Spec(rounds=1)] * 2, "run", (1, 2))
     with pytest.raises(UserError, match=r"scenario 1 has no observations/weight_gradient"):
         replay(path, tmp_path / "more.h5", [{"name": "rlg"}])
+
+
+def _without_row_sums(file):
+    del file["scenarios/0000/observations/row_sums"]
+
+
+def _without_axes(file):
+    file["scenarios/0000/updates/other"] = 1.0
+
+
+def _with_broken_versions(file):
+    file.attrs["dependencies"] = "{torch"
+
+
+def _with_broken_replays(file):
+    file.attrs["replays"] = "7"
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_without_row_sums, "observations/row_sums is missing"),
+        (_without_axes, "updates/other has no axis of rounds"),
+        (_with_broken_versions, "dependencies"),
+        (_with_broken_replays, "replays"),
+    ],
+)
+def test_files_that_are_damaged_are_told_apart(tmp_path, damage, reason):
+    path = build(tmp_path / "run.h5", [Spec(rounds=5)])
+    with h5py.File(path, "a") as file:
+        damage(file)
+    with pytest.raises(UserError, match=rf"truncated or damaged \(.*{reason}"):
+        replay(path, tmp_path / "new.h5", ["llg"], only=True)
+    assert not list(tmp_path.glob("new*"))

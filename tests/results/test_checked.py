@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from build_file import Spec, build, scaled
 
+from testbed.attacks import Knowledge
 from testbed.errors import UserError
+from testbed.results.events import STARTS
 from testbed.results.reader import open_results
+from testbed.results.schema import KNOWLEDGE
 
 SCENARIO = "scenarios/0000"
 COUNTS = f"{SCENARIO}/truth/counts"
@@ -92,6 +95,31 @@ def test_pieces_larger_than_the_array_are_refused(path: Path) -> None:
         file.create_dataset(COUNTS, shape, "i4", chunks=chunks, maxshape=most, compression=1)
 
     assert "truth/counts has pieces of 335544320 bytes" in refusal(path, large)
+
+
+def test_arrays_in_pieces_that_were_never_written_are_refused(path: Path) -> None:
+    """HDF5 takes memory for each, 730 MB for these."""
+
+    def scatter(file: h5py.File) -> None:
+        table = file.require_group("starts")
+        table.attrs["encoding-type"], table.attrs["encoding-version"] = "starts", "1.4"
+        for name, dtype in {"start": "i8", **STARTS}.items():
+            if name in table:
+                del table[name]
+            length = 1 << 20 if name == "ranks" else 1
+            table.create_dataset(name, (length,), dtype, chunks=(9 if length > 1 else 1,))
+
+    assert "starts/ranks announces 116508 pieces, most of them never written" in refusal(
+        path, scatter
+    )
+
+
+def test_attacks_know_one_of_five_things(path: Path) -> None:
+    def rename(file: h5py.File) -> None:
+        file[f"{SCENARIO}/attacks/llg"].attrs["knowledge"] = "gradientZ"
+
+    assert "attacks/llg knows 'gradientZ'" in refusal(path, rename)
+    assert tuple(knowledge.value for knowledge in Knowledge) == KNOWLEDGE
 
 
 def test_arrays_that_the_file_cannot_hold_are_refused(path: Path) -> None:
