@@ -1,7 +1,7 @@
 """What must be known of sets of shares to read a table or a figure: which of them are missing."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -62,14 +62,9 @@ def _lacking(one: ShareSet, which: str, sets: Sequence[ShareSet]) -> list[str]:
         if known:
             lost = sum(len(range(place, known, one.count)) for place in missing)
             note += f", with {lost} of the {known} scenarios"
-        read = {Path(m.file).resolve(): m for other in sets for m in other.members}
-        there = _there(one)
-        for names, why in (
-            ([path.name for path in there if path.resolve() not in read], "there"),
-            *_of_another_run(one, [read[p.resolve()] for p in there if p.resolve() in read]),
-        ):
+        for why, names in _instead(one, sets).items():
             shown = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
-            note += f" ({', '.join(shown)} {_is(names)} {why})" if names else ""
+            note += f" ({', '.join(shown)} {_is(names)} {why})"
         notes.append(note)
     unfinished = [member for member in one.members if not member.complete]
     if unfinished:
@@ -83,6 +78,17 @@ def _lacking(one: ShareSet, which: str, sets: Sequence[ShareSet]) -> list[str]:
     return notes
 
 
+def _instead(one: ShareSet, sets: Sequence[ShareSet]) -> dict[str, list[str]]:
+    """Return what to say of the files that have the names of missing shares, and their names."""
+    read = {Path(member.file).resolve(): member for other in sets for member in other.members}
+    said: dict[str, list[str]] = {}
+    for path in _there(one):
+        other = read.get(path.resolve())
+        why = "there" if other is None else f"of another run: {_difference(other, one.members[0])}"
+        said.setdefault(why, []).append(path.name)
+    return said
+
+
 def _there(one: ShareSet) -> list[Path]:
     """Return the files that have the names of missing shares, and lie beside the others."""
     first = one.members[0]
@@ -92,15 +98,6 @@ def _there(one: ShareSet) -> list[Path]:
     names = [f"{parts[0]}{place}of{one.count}{parts[1]}" for place in one.missing]
     both = [Path(first.file).with_name(name + end) for name in names for end in ("", PARTIAL)]
     return [path for path in both if path.is_file()]
-
-
-def _of_another_run(one: ShareSet, found: Sequence[ShareFile]) -> Iterator[tuple[list[str], str]]:
-    """Yield files with names of a set's missing shares, and why they do not belong to it."""
-    reasons: dict[str, list[str]] = {}
-    for file in found:
-        reasons.setdefault(_difference(file, one.members[0]), []).append(Path(file.file).name)
-    for reason, names in reasons.items():
-        yield names, f"of another run: {reason}"
 
 
 def _difference(other: ShareFile, one: ShareFile) -> str:
