@@ -147,14 +147,14 @@ sys.exit(status)
 # Has rank 1 claim more than it sends.
 LIAR = """
 import sys
-from testbed.transport import mpi
+from testbed.transport import uplink
 from testbed.__main__ import main
-real = mpi.sent
+real = uplink.sent
 def sent(message):
     items = real(message)
     message.header["payload_bytes"] += int(sys.argv[1])
     return items
-mpi.sent = sent
+uplink.sent = sent
 sys.exit(main(sys.argv[2:]))
 """
 
