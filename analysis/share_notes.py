@@ -84,7 +84,12 @@ def _instead(one: ShareSet, sets: Sequence[ShareSet]) -> dict[str, list[str]]:
     said: dict[str, list[str]] = {}
     for path in _there(one):
         other = read.get(path.resolve())
-        why = "there" if other is None else f"of another run: {_difference(other, one.members[0])}"
+        if other is None:
+            why = "there"
+        elif other.run == one.members[0].run:
+            why = name_shares([other.place], other.count)
+        else:
+            why = f"of another run: {_difference(other, one.members[0])}"
         said.setdefault(why, []).append(path.name)
     return said
 
@@ -105,8 +110,6 @@ def _difference(other: ShareFile, one: ShareFile) -> str:
     from testbed.begun import first_difference
     from testbed.experiment import parse_experiment
 
-    if other.run == one.run:
-        return name_shares([other.place], other.count)
     try:
         there, here = (
             parse_experiment(json.loads(file.run)[0], name=file.file) for file in (other, one)

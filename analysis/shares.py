@@ -234,7 +234,7 @@ def _replays(text: str) -> object:
     """Return the attacks of the replays that a file has gone through."""
     try:
         return [replay["attacks"] for replay in json.loads(text)]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return text
 
 

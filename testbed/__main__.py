@@ -1,6 +1,7 @@
 """The command line: ``python -m testbed run | resume | check | data | list``."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -173,6 +174,7 @@ def _start(options: argparse.Namespace, **settings: Any) -> int:
 
     output = results_path(options.output)
     from testbed.run import RunOptions, run
+    from testbed.standard_error import LastingError
     from testbed.transport.environment import connect
 
     run_options = RunOptions(
@@ -184,7 +186,8 @@ def _start(options: argparse.Namespace, **settings: Any) -> int:
         **settings,
     )
     try:
-        return run(connect(), run_options, stop)
+        with contextlib.redirect_stderr(LastingError(sys.stderr)):
+            return run(connect(), run_options, stop)
     finally:
         stop.retire()
 

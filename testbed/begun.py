@@ -119,7 +119,8 @@ def find_same(path: Path, wanted: ResolvedExperiment, share: tuple[int, int]) ->
     if begun.share != share:
         found, expected = ("{}/{}".format(*pair) for pair in (begun.share, share))
         raise UserError(
-            f"{path}: the run has the share {found}, and --share is {expected}: choose another name"
+            f"{path}: the file has the share {found} of the run, expected {expected}: choose "
+            "another name"
         )
     return begun
 

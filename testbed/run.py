@@ -337,6 +337,11 @@ class _Run:
         if self._job.resuming:
             writer = ResultsWriter.resume(output, **arguments)
         else:
+            if self._options.resume and output.exists():
+                raise UserError(
+                    f"{output}: another run has made this file meanwhile: the same line again says "
+                    "whether it is of this one"
+                )
             writer = ResultsWriter(output, overwrite=self._options.overwrite, **arguments)
         checkpoints = Checkpoints(output, begun.run, experiment.results.checkpoint_seconds)
         if not self._job.resuming:

@@ -19,6 +19,7 @@ from testbed.results.container import read_container
 from testbed.results.reader import open_results
 from testbed.run import RunOptions, run
 from testbed.signals import EXIT_STOPPED, StopSignal
+from testbed.startup import Setups
 from testbed.transport.local import LocalTransport
 
 TRAINING = {"rounds": 9, "clients": 3, "batch_size": 8, "fresh_model": False, "evaluate_every": 3}
@@ -234,6 +235,20 @@ def test_a_stop_tells_the_command_that_goes_on(tmp_path, capfd):
     ):
         assert run(LocalTransport(), start, StopAt(1)) == EXIT_STOPPED
         assert capfd.readouterr().err.endswith(f"; {lead}{command}")
+
+
+def test_a_file_that_another_run_has_made_meanwhile_is_left_alone(tmp_path, monkeypatch, capfd):
+    experiment, output = write_experiment(tmp_path / "e.yaml"), tmp_path / "r.h5"
+    load = Setups.load_data
+
+    def slowly(self, plans):
+        load(self, plans)
+        output.write_text("another's")
+
+    monkeypatch.setattr(Setups, "load_data", slowly)
+    assert run(LocalTransport(), options(experiment, output, resume=True), StopAt(99)) == 2
+    assert "r.h5: another run has made this file meanwhile: the same line" in capfd.readouterr().err
+    assert output.read_text() == "another's"
 
 
 def test_a_replay_of_an_unfinished_run_cannot_be_resumed(tmp_path):

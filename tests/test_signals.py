@@ -1,8 +1,10 @@
 """Signals: a run that is asked to stop finishes its round, saves, and can go on."""
 
+import fcntl
 import os
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -185,6 +187,36 @@ def test_a_second_sigint_ends_what_has_left_the_group_and_does_not_listen(tmp_pa
         time.sleep(0.02)
 
 
+def test_more_sigints_than_two_do_not_save_what_hangs(tmp_path):
+    script = (
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGUSR1)]\n"
+        "    open('CHILD', 'w').write(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
+        "while not os.path.exists('CHILD'): time.sleep(0.01)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    ).replace("CHILD", str(tmp_path / "child"))
+    for pause in (0.033, 0.04, 0.045, 0.05, 0.06) * 3:
+        (tmp_path / "child").unlink(missing_ok=True)
+        with started_launcher(tmp_path, script) as process:
+            child = int((tmp_path / "child").read_text())
+            try:
+                while process.poll() is None:  # as from a key that is held
+                    os.killpg(process.pid, signal.SIGINT)
+                    time.sleep(pause)
+                end = time.monotonic() + 30
+                while lives(child):
+                    assert time.monotonic() < end
+                    time.sleep(0.02)
+            finally:
+                kill_tree(process.pid)
+                if lives(child):
+                    os.kill(child, signal.SIGKILL)
+
+
 def test_a_second_sigint_is_heard_as_soon_as_the_first_was_answered(tmp_path):
     script = (
         "signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
@@ -280,6 +312,43 @@ def test_a_single_process_stops_after_its_round(tmp_path, name):
     process.send_signal(signal.Signals[name])
     rounds = stopped(process, tmp_path)
     assert f"stopped by {name} in scenario 0, round {rounds};" in (tmp_path / "log").read_text()
+
+
+def test_a_run_whose_terminal_is_closed_saves_itself(tmp_path):
+    experiment = written(tmp_path / "e.yaml", rounds=100_000)
+    terminal, line = os.openpty()
+    process = subprocess.Popen(
+        command("run", experiment, "-o", tmp_path / "r.h5", "--progress", "log"),
+        stdin=line,
+        stdout=line,
+        stderr=line,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(line)
+    try:
+        end = time.monotonic() + 90
+        while not (tmp_path / "r.h5.partial").exists():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        time.sleep(0.7)
+        os.close(terminal)
+        assert process.wait(timeout=40) == EXIT_STOPPED
+    finally:
+        kill_tree(process.pid)
+    assert committed(tmp_path / "r.h5") > 0
+    assert (tmp_path / "r.h5.checkpoint").exists()
+
+
+def test_a_run_that_nobody_reads_any_more_goes_on(tmp_path):
+    experiment = written(tmp_path / "e.yaml", rounds=20)
+    line = command("run", experiment, "-o", tmp_path / "r.h5", "--progress", "log")
+    with subprocess.Popen(line, stderr=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stderr.readline()
+        process.stderr.close()
+        assert process.wait(timeout=90) == 0
+    assert committed(tmp_path / "r.h5") == 20
 
 
 def test_a_second_sigint_stops_a_round_that_does_not_end(tmp_path):

@@ -43,8 +43,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         return
     if path.exists():
         raise UserError(
-            f"{path}: the file exists: `run --resume` keeps it if it is of this very run; else "
-            "choose another name, or pass --overwrite to replace it"
+            f"{path}: the file exists: choose another name, or pass --overwrite to replace it"
         )
     if partial.exists():
         raise UserError(

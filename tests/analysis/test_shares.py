@@ -265,7 +265,7 @@ def test_a_share_of_another_run_with_the_name_of_one_that_is_missing_is_told(tmp
     )
     parts[1].unlink()
     parts[2].rename(parts[1])
-    assert notes(*parts[:2])[0].endswith("(run_1of3.h5 is of another run: share 2 of 0-2)")
+    assert notes(*parts[:2])[0].endswith("(run_1of3.h5 is share 2 of 0-2)")
 
 
 def test_shares_may_be_started_with_their_data_in_different_places(tmp_path):
@@ -332,3 +332,12 @@ def test_a_name_that_is_there_twice_is_read_once(tmp_path):
     path = build(tmp_path / "run.h5", [Spec(rounds=2)])
     frame = analysis.load(path, str(path))
     pd.testing.assert_frame_equal(frame, analysis.load(path))
+
+
+def test_replays_that_no_program_has_written_do_no_harm(tmp_path):
+    specs = [Spec({"a.b": value}, rounds=2) for value in range(2)]
+    parts = shares(tmp_path, specs, 2)
+    for part in parts:
+        with h5py.File(part, "a") as file:
+            file.attrs["replays"] = "[" * 20_000
+    assert notes(*parts) == []

@@ -122,7 +122,7 @@ def test_results_of_another_run_are_an_error(tmp_path, monkeypatch):
     assert not asked("e.yaml", shares=2).complete
     with pytest.raises(UserError, match=r"^e_1of2\.h5: the run was begun with another experiment"):
         asked("e.yaml", "seed=8", shares=2)
-    with pytest.raises(UserError, match=r"^e_1of2\.h5: the run has the share 1/2"):
+    with pytest.raises(UserError, match=r"^e_1of2\.h5: the file has the share 1/2"):
         asked("e.yaml", "-o", "e_1of2.h5")
     (tmp_path / "e.h5").write_text("something else")
     with pytest.raises(UserError, match=r"^e\.h5: this is no HDF5 file"):

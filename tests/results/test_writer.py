@@ -540,7 +540,7 @@ def test_a_file_is_no_larger_than_check_says(
 
 def test_existing_files_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
-    for taken, way in ((path, "`run --resume` keeps it"), (partial_path(path), "by `resume`")):
+    for taken, way in ((path, "choose another name"), (partial_path(path), "by `resume`")):
         taken.write_text("mine")
         with pytest.raises(UserError, match=f"^{taken}: the file exists: .*{way}.*--overwrite"):
             make(path)
