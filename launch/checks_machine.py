@@ -60,7 +60,8 @@ def cpu_limit(system: Path) -> float:
     """
     limits = [text.partition(" ")[::2] for text in _limits(system, "cpu.max")]
     quotas = _limits(system, "cpu.cfs_quota_us", "cpu")
-    limits += zip(quotas, _limits(system, "cpu.cfs_period_us", "cpu"), strict=True)
+    # Not strict: a group may go away between the two.
+    limits += zip(quotas, _limits(system, "cpu.cfs_period_us", "cpu"), strict=False)
     found = [
         int(quota) / int(period)
         for quota, period in limits
