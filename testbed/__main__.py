@@ -12,6 +12,7 @@ from testbed import __version__
 from testbed.arguments import positive_seconds
 from testbed.data_commands import add_data_commands
 from testbed.errors import UserError
+from testbed.standard_error import LastingError, await_reader
 
 _EPILOG = """\
 examples:
@@ -24,6 +25,13 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 for a failure, 2 for wrong input."""
+    try:
+        return _main(arguments)
+    finally:
+        await_reader()
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     # Overrides may stand before and after options, which argparse alone does not allow.
     options, rest = parser.parse_known_args(arguments)
@@ -174,7 +182,6 @@ def _start(options: argparse.Namespace, **settings: Any) -> int:
 
     output = results_path(options.output)
     from testbed.run import RunOptions, run
-    from testbed.standard_error import LastingError
     from testbed.transport.environment import connect
 
     run_options = RunOptions(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from testbed.plan import ScenarioPlan
+from testbed.standard_error import await_reader
 from testbed.transport.base import (
     ClientState,
     Downlink,
@@ -107,6 +108,7 @@ class MPITransport(Transport):
         if self._tolerant and self._is_last():
             # Of the last rank that aborts, a tolerant mpirun says 0.
             self._end(status)
+        await_reader()
         MPI.COMM_WORLD.Abort(status)
 
     def _is_last(self) -> bool:
@@ -137,6 +139,7 @@ class MPITransport(Transport):
     def _end(status: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
+        await_reader()
         os._exit(status)
 
     @override

@@ -1,0 +1,117 @@
+import array
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import termios
+import threading
+import time
+
+import pytest
+from launching import environment, under_mpirun
+
+from testbed.standard_error import await_reader
+
+# Seconds: shorter than the wait for a reader, longer than it takes mpirun to end a job.
+MOMENT = 0.8
+
+
+def unread(descriptor):
+    """Return the number of bytes in a pipe."""
+    count = array.array("i", [0])
+    fcntl.ioctl(descriptor, termios.FIONREAD, count)
+    return count[0]
+
+
+@contextlib.contextmanager
+def standard_error():
+    """Put a pipe in the place of standard error, and return the end to read from."""
+    kept = os.dup(2)
+    reading, writing = os.pipe()
+    os.dup2(writing, 2)
+    os.close(writing)
+    try:
+        yield reading
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(reading)
+
+
+def test_a_reader_that_is_late_is_waited_for():
+    with standard_error() as pipe:
+        os.write(2, b"the last word")
+        reader = threading.Timer(0.2, os.read, (pipe, 100))
+        reader.start()
+        started = time.monotonic()
+        await_reader(patience=20)
+        assert 0.1 < time.monotonic() - started < 10
+        assert unread(pipe) == 0
+        reader.join()
+
+
+def test_a_reader_that_never_comes_is_not_waited_for_longer():
+    with standard_error() as pipe:
+        os.write(2, b"the last word")
+        started = time.monotonic()
+        await_reader(patience=0.2)
+        assert 0.2 <= time.monotonic() - started < 10
+        assert unread(pipe) == 13
+
+
+@pytest.mark.parametrize("place", ["a file", "nothing"])
+def test_where_nobody_reads_nothing_is_waited_for(place, tmp_path):
+    program = "import os, time, testbed.standard_error as e; t = time.monotonic()\n"
+    program += "e.await_reader(60); os._exit(time.monotonic() - t > 30)"
+    line = [sys.executable, "-c", program]
+    with open(tmp_path / "err", "wb") as file:
+        if place == "nothing":
+            line = ["bash", "-c", 'exec "$@" 2>&-', "bash", *line]
+        assert subprocess.run(line, stderr=file, check=False).returncode == 0
+
+
+def test_a_usage_error_is_read_before_the_program_ends():
+    line = [sys.executable, "-m", "testbed", "run"]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, env=environment()) as process:
+        while not unread(process.stderr):
+            time.sleep(0.01)
+        time.sleep(MOMENT)
+        assert process.poll() is None
+        assert b"the following arguments are required" in process.stderr.read()
+        assert process.wait() == 2
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("end", ["abort", "leave"])
+def test_mpirun_does_not_end_a_job_before_the_message_has_been_read(end, tmp_path):
+    where = "    " if end == "abort" else ""  # every rank leaves; one aborts for all
+    (tmp_path / "ending.py").write_text(
+        "import sys\n"
+        "from testbed.transport.environment import connect\n"
+        "transport = connect()\n"
+        "transport.gather(None)\n"
+        "if transport.is_root:\n"
+        "    print('the last word', file=sys.stderr)\n"
+        f"{where}transport.{end}(3)\n"
+        "transport.gather(None)\n"
+    )
+    fifo = tmp_path / "err"
+    os.mkfifo(fifo)
+    line = ["bash", "-c", f'exec "$@" 2>>{fifo}', "bash", sys.executable, "ending.py"]
+    reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    with subprocess.Popen(
+        under_mpirun(line, 3),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        env={**environment(), "PYTHONPATH": os.getcwd()},
+    ) as process:
+        while not unread(reading):
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(MOMENT)
+        assert process.poll() is None
+        assert b"the last word" in os.read(reading, 10_000)
+        process.communicate(timeout=60)
+        assert process.returncode == 3
+    os.close(reading)
