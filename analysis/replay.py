@@ -7,7 +7,6 @@ import json
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +71,7 @@ def replay(
         already, or the file lacks an observation or a calibration.
     """
     from analysis.stored import StoredScenario
+    from analysis.threads import limited
     from testbed.results.opening import open_file
     from testbed.results.reader import open_results
     from testbed.results.writer import ResultsWriter, partial_path
@@ -92,7 +92,7 @@ def replay(
             overwrite=overwrite,
         )
         try:
-            with _threads(str(results.attributes.get("experiment", ""))):
+            with limited(_threads(str(results.attributes.get("experiment", "")))):
                 for scenario in scenarios:
                     scenario.write(writer)
             writer.complete()
@@ -353,19 +353,11 @@ def _attributes(
     }
 
 
-def _threads(experiment: str) -> AbstractContextManager[object]:
-    """Compute with as many threads as the run did, on which the last bits depend."""
-    import scipy.linalg  # noqa: F401 - only what has been loaded can be told
-
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:  # it comes with what runs need, and replays do without
-        return nullcontext()
+def _threads(experiment: str) -> int:
+    """Return how many threads the run computed with, on which the last bits depend."""
     from testbed.sweep import parse_yaml
 
     try:
-        threads = int(parse_yaml(experiment, "experiment")["compute"]["threads"])
+        return int(parse_yaml(experiment, "experiment")["compute"]["threads"])
     except (UserError, TypeError, KeyError, ValueError):
-        threads = 1
-    limits: AbstractContextManager[object] = threadpool_limits(threads)
-    return limits
+        return 1

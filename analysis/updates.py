@@ -149,16 +149,17 @@ def run_attacks(
     if isinstance(attacks, str):
         raise UserError(f"attacks: found {attacks!r}, expected a list of names")
     from analysis.choice import attack_sections
+    from analysis.threads import limited
     from testbed.attacks import attacks as registered
 
     outcomes = []
-    for section in attack_sections(list(registered()) if attacks is None else attacks):
-        # Numbers of a user's may be anything; what comes of them is checked.
-        with np.errstate(all="ignore"):
+    # Numbers of a user's may be anything; what comes of them is checked.
+    with limited(1), np.errstate(all="ignore"):
+        for section in attack_sections(list(registered()) if attacks is None else attacks):
             outcome = _run(given, section.label, section.make(), seed)
-        if outcome.reason and attacks is not None:
-            raise UserError(f"attack {outcome.label!r}: {outcome.reason}")
-        outcomes.append(outcome)
+            if outcome.reason and attacks is not None:
+                raise UserError(f"attack {outcome.label!r}: {outcome.reason}")
+            outcomes.append(outcome)
     return outcomes
 
 

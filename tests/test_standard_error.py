@@ -7,6 +7,7 @@ import sys
 import termios
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from launching import environment, under_mpirun
@@ -65,7 +66,7 @@ def test_where_nobody_reads_nothing_is_waited_for(place, tmp_path):
     program = "import os, time, testbed.standard_error as e; t = time.monotonic()\n"
     program += "e.await_reader(60); os._exit(time.monotonic() - t > 30)"
     line = [sys.executable, "-c", program]
-    with open(tmp_path / "err", "wb") as file:
+    with (tmp_path / "err").open("wb") as file:
         if place == "nothing":
             line = ["bash", "-c", 'exec "$@" 2>&-', "bash", *line]
         assert subprocess.run(line, stderr=file, check=False).returncode == 0
@@ -104,7 +105,7 @@ def test_mpirun_does_not_end_a_job_before_the_message_has_been_read(end, tmp_pat
         under_mpirun(line, 3),
         cwd=tmp_path,
         stderr=subprocess.PIPE,
-        env={**environment(), "PYTHONPATH": os.getcwd()},
+        env={**environment(), "PYTHONPATH": str(Path.cwd())},
     ) as process:
         while not unread(reading):
             assert process.poll() is None

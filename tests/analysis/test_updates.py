@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import analysis.updates
 from analysis import attack_update
@@ -275,6 +276,23 @@ def test_rows_do_not_depend_on_each_other(world):
         for label, values in alone.items():
             if attacks()[label].answers is Answer.COUNTS and label not in ("random", "uniform"):
                 np.testing.assert_array_equal(values, together[label][row], err_msg=label)
+
+
+def test_linear_algebra_is_on_one_thread_and_the_callers_setting_comes_back(world, monkeypatch):
+    def threads():
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    within = []
+    kept = analysis.updates._run
+    monkeypatch.setattr(
+        analysis.updates, "_run", lambda *words: within.append(threads()) or kept(*words)
+    )
+    weight, _, _ = world.gradient()
+    with threadpool_limits(2):
+        before = threads()
+        attack_update(weight, batch_size=B, attacks=["llg"])
+        assert threads() == before
+    assert within == [{1}]
 
 
 @given(st.integers(0, 10**6), st.sampled_from(["float16", "float32", "float64"]))

@@ -119,28 +119,6 @@ def test_an_array_over_a_sweep_is_read_as_one_run(cluster):
         assert counts[0].tobytes() == counts[1].tobytes()
 
 
-def test_elements_of_an_array_are_queued_again_each_by_itself(cluster, undisturbed):
-    """Also the one that has the number of the whole array."""
-    shutil.copytree(undisturbed, cluster.folder, dirs_exist_ok=True)
-    sweep = {"seed": [1, 2]}
-    write_experiment(cluster.folder / "e.yaml", **TRAINING, sweep=sweep)
-    script = cluster.script("sweep.sbatch")
-    number = cluster.submit("--array", "0-1", "--ntasks", "2", script, "e.yaml", **SLOWLY)
-    for share in (0, 1):
-        begun(cluster, number, f"e_{share}of2.h5")
-        signal_ = ("scancel", "--batch", "--signal=USR1", f"{number}_{share}")
-        assert cluster.call(*signal_).returncode == 0
-    jobs = cluster.finish(number)
-    assert [job.state for job in jobs] == ["COMPLETED"] * 2, jobs[0].log + jobs[1].log
-    assert [job.restarts for job in jobs] == [1, 1]
-    for share in (0, 1):
-        words = ("run", "e.yaml", "--share", f"{share}/2", "-o", f"here_{share}.h5")
-        assert run_here(*words, cwd=cluster.folder).status == 0
-        assert_same_results(
-            cluster.folder / f"here_{share}.h5", cluster.folder / f"e_{share}of2.h5"
-        )
-
-
 def test_elements_of_an_array_alone_want_to_know_of_how_many_shares_they_are(cluster):
     write_experiment(cluster.folder / "e.yaml", sweep={"federation.batch_size": [2, 4, 8]})
     script = cluster.script("sweep.sbatch")
@@ -152,22 +130,35 @@ def test_elements_of_an_array_alone_want_to_know_of_how_many_shares_they_are(clu
     assert committed(cluster.folder / "e_1of2.h5") == 6
 
 
-def test_a_job_whose_time_is_nearly_up_saves_itself_and_is_queued_again(cluster, training):
-    script = cluster.script("run.sbatch")
+def test_jobs_whose_time_is_nearly_up_save_themselves_and_are_queued_again(cluster, training):
+    """Elements of an array each by itself, also the one that has the number of the whole array."""
+    write_experiment(cluster.folder / "e.yaml", **TRAINING, sweep={"seed": [1, 2]})
     # Slurm looks at the time of its jobs now and then, and may warn half a minute early: between 30
-    # and 60 s after the start. The rounds sleep for 60 s in all, on any machine.
+    # and 60 s after the start. The rounds of each run sleep for 60 s in all, on any machine.
     limits = ("--time", "2", "--signal", "B:USR1@60")
+    script = cluster.script("run.sbatch")
     number = cluster.submit(*PLACES, *limits, script, training, SECONDS_PER_STEP="0.1")
-    (job,) = cluster.finish(number, seconds=240)
-    assert job.state == "COMPLETED", job.log
-    assert job.restarts >= 1
-    assert "stopped by SIGUSR1" in job.log
-    assert "into the queue again, for the 1. time of 20 at most" in job.log
+    script = cluster.script("sweep.sbatch")
+    places = ("--array", "0-1", "--ntasks", "2")
+    array = cluster.submit(*places, *limits, script, "e.yaml", SECONDS_PER_STEP="0.05")
+    names = ("e_0of2", "e_1of2")
+    for share, name in enumerate(names):
+        words = ("run", "e.yaml", "--share", f"{share}/2", "-o", f"undisturbed_{name}.h5")
+        assert run_here(*words, cwd=cluster.folder).status == 0
+    jobs = [*cluster.finish(number), *cluster.finish(array)]
+    for job in jobs:
+        assert job.state == "COMPLETED", job.log
+        assert job.restarts >= 1
+        assert "stopped by SIGUSR1" in job.log
+        assert "into the queue again, for the 1. time of 20 at most" in job.log
     with open_results(cluster.folder / "training.h5") as results:
         assert {start.slurm_job for start in results.starts} == {number}
         assert len(results.starts) >= 2
     assert_same_results(cluster.folder / "undisturbed.h5", cluster.folder / "training.h5")
-    assert not list(cluster.folder.glob("training.h5.*"))
+    for name in names:
+        undisturbed = cluster.folder / f"undisturbed_{name}.h5"
+        assert_same_results(undisturbed, cluster.folder / f"{name}.h5")
+    assert not list(cluster.folder.glob("*.h5.*"))
 
 
 def test_a_job_that_may_not_queue_again_says_how_it_goes_on(cluster, training):
