@@ -279,6 +279,8 @@ def test_rows_do_not_depend_on_each_other(world):
 
 
 def test_linear_algebra_is_on_one_thread_and_the_callers_setting_comes_back(world, monkeypatch):
+    import scipy.linalg  # noqa: F401 - loaded meanwhile, it would come with a number of its own
+
     def threads():
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
