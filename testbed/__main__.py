@@ -12,7 +12,7 @@ from testbed import __version__
 from testbed.arguments import positive_seconds
 from testbed.data_commands import add_data_commands
 from testbed.errors import UserError
-from testbed.standard_error import LastingError, await_reader
+from testbed.standard_error import LastingError, await_reader, open_closed
 
 _EPILOG = """\
 examples:
@@ -25,6 +25,7 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 for a failure, 2 for wrong input."""
+    open_closed()
     try:
         return _main(arguments)
     finally:

@@ -5,6 +5,7 @@ model, the server's optimiser, sums over the rounds, and what clients remember. 
 rounds are done again from the first one, to the same bits; with them from the checkpoint on.
 """
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -152,10 +153,14 @@ class Checkpoints:
             raise UserError(f"{self._models_path}: these models make no sense: {error}") from None
 
     def remove(self) -> None:
-        """Remove the files: the run is complete, or begins anew."""
+        """Remove the files, where that can be: the run is complete, or begins anew.
+
+        What stays does no harm: a checkpoint says of which run it is.
+        """
         for path in (self.path, self._models_path):
-            path.unlink(missing_ok=True)
-            path.with_name(path.name + ".new").unlink(missing_ok=True)
+            for left in (path, path.with_name(path.name + ".new")):
+                with contextlib.suppress(OSError):
+                    left.unlink()
 
 
 def checkpoint_path(results: Path) -> Path:

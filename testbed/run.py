@@ -4,7 +4,6 @@ Also a run that goes on: after a stop or a crash, from its file; after the loss 
 it is. Both begin the scenario that is not done at the round that the root says.
 """
 
-import contextlib
 import shlex
 import sys
 import time
@@ -164,8 +163,8 @@ def _job(options: RunOptions) -> _Job:
     if begun is not None:
         if begun.complete:
             print(f"{options.output}: the run is complete", file=sys.stderr)
-            with contextlib.suppress(OSError):  # it may have been killed before it did so itself
-                Checkpoints(options.output, begun.run, seconds=0).remove()
+            # It may have been killed before it did so itself.
+            Checkpoints(options.output, begun.run, seconds=0).remove()
             return _Job("", begun, resuming=False)
         resolved.require_data()
         if options.experiment is None:

@@ -1,9 +1,10 @@
-"""Standard error that outlives who reads it, and waits for who does."""
+"""Standard error that is there, outlives who reads it, and waits for who does."""
 
 import array
 import fcntl
 import os
 import stat
+import sys
 import termios
 import time
 from io import TextIOBase
@@ -16,6 +17,17 @@ _DESCRIPTOR = 2
 # Seconds. A reader that is alive takes milliseconds; one that was stopped is not waited for.
 _PATIENCE = 2.0
 _PAUSE = 0.002
+
+
+def open_closed() -> None:
+    """Give standard streams that the caller has closed to nobody.
+
+    Python has None for them, which cannot be written to; and files of the run would get their
+    descriptors, into which libraries print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def await_reader(patience: float = _PATIENCE) -> None:

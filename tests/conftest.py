@@ -77,6 +77,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: {what}")
     # A shell ignores it in what it starts in the background, and programs under test inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # So does nohup; what this process handles, though by doing nothing, its children get as usual.
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
     if os.environ.get("CI"):
         config.pluginmanager.register(_SkipsFail(), "skips-fail")
 

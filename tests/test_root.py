@@ -16,6 +16,15 @@ from testbed.signals import StopSignal
 from testbed.transport.base import Lost
 
 
+def test_a_checkpoint_that_cannot_be_removed_does_no_harm(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "r.h5", "run", 60)
+    checkpoints.path.mkdir()
+    pretrained = tmp_path / "r.h5.pretrained"
+    pretrained.touch()
+    checkpoints.remove()
+    assert not pretrained.exists()
+
+
 def test_ranks_that_are_lost_together_are_told_in_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,10 @@
 """Copies the datasets of an HDF5 file, chunks as they are: still compressed, with checksums."""
 
+import math
+
 import h5py
+
+from testbed.results.schema import STRUCTURE_BYTES, chunk_room
 
 
 def datasets(group: h5py.Group) -> list[h5py.Dataset]:
@@ -13,6 +17,18 @@ def datasets(group: h5py.Group) -> list[h5py.Dataset]:
 
     group.visititems(visit)
     return found
+
+
+def unpacked_bytes(found: list[h5py.Dataset]) -> int:
+    """Return what datasets would take in a file without compression."""
+    size = STRUCTURE_BYTES * len(found)
+    for dataset in found:
+        if dataset.chunks is None:
+            size += dataset.nbytes
+        else:
+            chunk = dataset.dtype.itemsize * math.prod(dataset.chunks)
+            size += dataset.id.get_num_chunks() * chunk_room(chunk)
+    return size
 
 
 def copy_all(source: h5py.File, target: h5py.File) -> None:

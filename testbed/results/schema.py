@@ -13,7 +13,7 @@ import numpy as np
 
 FILE_ENCODING = ("testbed-results", "1.4")
 # Of each dataset, beside its values: header, attributes, index of chunks; measured, rounded up.
-_STRUCTURE_BYTES = 2000
+STRUCTURE_BYTES = 2000
 # Of a position on an axis.
 _AXIS_BYTES = 8
 # A kill can cut a write between two pages of memory. A chunk that is written again, in its place
@@ -201,9 +201,13 @@ def uncompressed_bytes(
         chunks = chunk_shape(shape, size)
         if chunks[0] == 1 and path.startswith(_OF_ATTACKED):
             shape = (attacked, *shape[1:])
-        chunk = size * math.prod(chunks)
-        if chunk > _CHUNK_BYTES:  # with its checksum, it takes whole pages
-            chunk = PAGE_BYTES * -(-(chunk + 4) // PAGE_BYTES)
         pairs = zip(shape, chunks, strict=True)
-        values += chunk * math.prod(-(-length // max(part, 1)) for length, part in pairs)
-    return values + _STRUCTURE_BYTES * (len(arrays) + len(lengths))
+        number = math.prod(-(-length // max(part, 1)) for length, part in pairs)
+        values += number * chunk_room(size * math.prod(chunks))
+    return values + STRUCTURE_BYTES * (len(arrays) + len(lengths))
+
+
+def chunk_room(size: int) -> int:
+    """Return what a chunk of so many bytes takes in the file at most."""
+    # With its checksum, a large one takes whole pages.
+    return size if size <= _CHUNK_BYTES else PAGE_BYTES * -(-(size + 4) // PAGE_BYTES)

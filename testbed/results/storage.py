@@ -91,7 +91,8 @@ class SwmrStorage:
 
     def in_place(self) -> bool:
         """See `Storage`."""
-        return has_name(self._lock.fileno(), partial_path(self._path))
+        # Closed by `close`: what fails behind it is told as it is.
+        return self._lock.closed or has_name(self._lock.fileno(), partial_path(self._path))
 
     def abandon(self) -> None:
         """See `Storage`."""
@@ -152,7 +153,8 @@ class CopyingStorage:
 
     def in_place(self) -> bool:
         """See `Storage`."""
-        return has_name(self._lock.fileno(), partial_path(self._path))
+        # Closed by `close`: what fails behind it is told as it is.
+        return self._lock.closed or has_name(self._lock.fileno(), partial_path(self._path))
 
     def abandon(self) -> None:
         """See `Storage`."""
@@ -161,6 +163,8 @@ class CopyingStorage:
 
     def close(self) -> None:
         """See `Storage`."""
+        if self._working_lock.closed:
+            return  # the working file may be another run's by now
         try:
             if not self._abandoned:
                 self.file.close()

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from testbed.errors import UserError
-from testbed.results.chunks import copy_all, datasets
+from testbed.results.chunks import copy_all, datasets, unpacked_bytes
 from testbed.results.declaring import declare, scenario_name
 from testbed.results.events import add_row, loss_row, start_row
 from testbed.results.output import check_output, compact_path, partial_path, reason
@@ -40,6 +40,9 @@ __all__ = [
 _PENDING_BYTES = 1 << 26
 # A dataset's share of the file's structure.
 _OVERHEAD = 1500
+# A complete file may be larger by these factors than what is stored in it: always, and where it is
+# not larger than it would be without compression.
+_WASTE = (1.02, 1.25)
 # Of each chunk in the index of an array.
 _INDEX_BYTES = 24
 
@@ -277,15 +280,18 @@ class ResultsWriter:
         """Commit, close the file and give it its final name.
 
         Commits that write a chunk again leave its old place in the file unused, as SWMR does not
-        reuse space. Where that is much, the file is first copied into a compact one.
+        reuse space. Where that is much, or more than compression has saved, the file is first
+        copied into a compact one.
         """
         self.commit()
         partial_ = partial_path(self.path)
         with self._writing():
             file = self._storage.file
-            stored = sum(dataset.id.get_storage_size() for dataset in datasets(file))
-            stored += _OVERHEAD * len(datasets(file))
-            wasted = partial_.stat().st_size > 1.25 * stored
+            found = datasets(file)
+            stored = sum(dataset.id.get_storage_size() for dataset in found)
+            stored += _OVERHEAD * len(found)
+            allowed = max(_WASTE[0] * stored, min(_WASTE[1] * stored, unpacked_bytes(found)))
+            wasted = partial_.stat().st_size > allowed
             compact = self._compact(stored) if wasted else None
             self._storage.close()
             # One after the other: there is never an unfinished file beside the complete one.

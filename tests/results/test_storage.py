@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -436,6 +436,35 @@ def test_a_file_that_is_taken_away_is_missed_at_the_next_commit(
         assert check(folder / "b.h5") == 1
     elif what == "another":
         assert partial_path(path).read_text() == "mine"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_name_that_cannot_be_taken_in_the_end_is_one_message(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "a.h5"
+    with opened(path, mode=mode) as writer:
+        fill(writer)
+        path.mkdir()  # meanwhile
+        with pytest.raises(UserError, match=r"a\.h5\.partial: cannot write .*: Is a directory"):
+            writer.complete()
+    path.rmdir()
+    assert check(path) == HEADER.lengths["round"]
+    resume(path, mode=mode).complete()
+    assert check(path) == HEADER.lengths["round"]
+
+
+def test_a_file_that_is_closed_twice_is_not_mistaken_for_that_of_the_next_run(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.h5"
+    writer = make(path, mode="flush")
+    writer.append(0, 0, rows_of(HEADER, 0))
+    writer.close()
+    with closing(resume(path, mode="flush")) as following:
+        writer.close()
+        for round_ in range(1, HEADER.lengths["round"]):
+            following.append(0, round_, rows_of(HEADER, round_))
+        following.complete()
+    assert check(path) == HEADER.lengths["round"]
 
 
 def test_readers_notice_that_another_run_has_taken_the_name(tmp_path: Path) -> None:
