@@ -3,7 +3,8 @@
     python tests/chaos.py --runs 100 [--seed N] [--folder DIR]      the long form
 
 Each run of the program is one of `EXPERIMENTS` under one of `FAULTS`, on a random number of ranks,
-at a random moment; it is resumed until it is done, on other numbers of ranks, with new faults. Then
+at a random moment; it is resumed until it is done, on other numbers of ranks, with new faults. One
+that is over before its moment has come is run again, so that each is struck at least once. Then
 every array must be that of the run that nothing disturbed.
 """
 
@@ -79,6 +80,7 @@ STOPPED = 75
 # was killed, and had the same process number, may be in the way.
 _NOT_STARTED = "listener thread failed to start"
 _LONGEST = 90
+_MOST_MISSED = 8
 
 
 def write(folder: Path, name: str, **results: object) -> Path:
@@ -111,10 +113,13 @@ class Disturbed:
         What was done to it, in order.
     starts
         How often it was started.
+    missed
+        How often it was over before it was struck, and began again.
     """
 
     faults: list[str] = field(default_factory=list)
     starts: int = 0
+    missed: int = 0
 
 
 def start(*arguments: object, ranks: int, log: Path, tolerant: bool) -> subprocess.Popen:
@@ -148,6 +153,11 @@ def strike(process: subprocess.Popen, fault: str, rng: random.Random) -> str:
         victims = [0]
     if fault == "job":
         kill_tree(process.pid)
+        # One that still writes would hold the file against what goes on with it.
+        end = time.monotonic() + _LONGEST
+        while any(Path(f"/proc/{rank}/exe").exists() for rank in ranks.values()):
+            assert time.monotonic() < end
+            time.sleep(0.01)
     elif fault == "signal":
         process.send_signal(signal.SIGUSR2)
     for victim in victims:
@@ -168,6 +178,9 @@ def disturb(
 ) -> Disturbed:
     """Run an experiment, strike it at random moments, and resume it until it is done.
 
+    It is struck at least once, or that is an error: where it is over before, it begins again, to be
+    struck earlier.
+
     Parameters
     ----------
     experiment, output
@@ -186,7 +199,11 @@ def disturb(
     done = Disturbed()
     log = output.with_suffix(".log")
     partial = output.with_name(output.name + ".partial")
-    while not output.exists():
+    while not output.exists() or not done.faults:
+        if output.exists():
+            assert done.missed < _MOST_MISSED, f"it is always over too early: {log.read_text()}"
+            output.unlink()
+            done.starts, done.missed, span = 0, done.missed + 1, span / 2
         done.starts += 1
         assert done.starts < 20, f"it does not come to an end: {log.read_text()}"
         fault = rng.choice(faults) if done.starts <= strikes else ""
@@ -202,7 +219,8 @@ def disturb(
                     if partial.exists() and partial.stat().st_ino != before and begun(partial):
                         break
                     time.sleep(0.01)
-                time.sleep(rng.uniform(0, span))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=rng.uniform(0, span))
                 struck = strike(process, fault, rng) if process.poll() is None else ""
                 if struck:
                     done.faults.append(struck)
@@ -274,7 +292,7 @@ def main() -> int:
         result, detail = "equal", ""
         try:
             run = disturb(folder / f"{name}.yaml", output, rng, span=spans[name], faults=faults)
-            detail = f"{run.starts} starts, struck by: {', '.join(run.faults) or 'nothing'}"
+            detail = f"{run.starts} starts, struck by: {', '.join(run.faults)}"
             struck.update(fault.split()[0] for fault in run.faults)
             struck["starts"] += run.starts
             assert_same_results(folder / f"{name}.h5", output)

@@ -87,6 +87,21 @@ def under_mpirun(line, ranks, *options):
     return [MPIRUN, *options, "-n", str(ranks), *line]
 
 
+def marking(folder):
+    """Return an attack that tells `wait_for_rounds` of rounds, in a run that is started there."""
+    shutil.copy(Path(__file__).with_name("marking_attack.py"), folder)
+    return {"name": "marking_attack:Marking"}
+
+
+def wait_for_rounds(process, folder, log="log", seconds=90):
+    """Wait until a run has done with its first round: the results file is there before it."""
+    end = time.monotonic() + seconds
+    while not (folder / "begun").exists():
+        assert process.poll() is None, (folder / log).read_text() if log else ""
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def run_testbed(*arguments, ranks=None, cwd=None, timeout=120):
     """Run the testbed to its end. A hang is a failure of the test: it is killed, and raises."""
     return finish(command(*arguments, ranks=ranks), cwd=cwd, timeout=timeout)

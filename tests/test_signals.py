@@ -17,8 +17,10 @@ from launching import (
     environment,
     is_open_mpi,
     kill_tree,
+    marking,
     run_here,
     run_testbed,
+    wait_for_rounds,
     write_experiment,
 )
 
@@ -38,7 +40,7 @@ TRAINING = {
 def written(path, rounds, **results):
     return write_experiment(
         path,
-        attacks=["llg"],
+        attacks=[marking(path.parent)],
         federation={**TRAINING, "rounds": rounds},
         defenses=[{"name": "top_k", "theta": 0.9, "error_feedback": True}],
         results={"commit_seconds": 3600, **results},
@@ -50,17 +52,13 @@ def started(line, tmp_path):
     with (tmp_path / "log").open("ab") as log:
         process = subprocess.Popen(
             line,
+            cwd=tmp_path,
             env={**environment(), "MPIRUN": MPIRUN},
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
-    end = time.monotonic() + 90
-    while not (tmp_path / "r.h5.partial").exists():
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    time.sleep(0.7)
+    wait_for_rounds(process, tmp_path)
     return process
 
 
@@ -254,9 +252,9 @@ def test_what_was_stopped_goes_on_and_is_the_same_in_the_end(tmp_path):
     process.send_signal(signal.SIGUSR1)
     stopped(process, tmp_path)
     assert (tmp_path / "r.h5.checkpoint").exists()
-    done = run_testbed("resume", tmp_path / "r.h5", ranks=2)
+    done = run_testbed("resume", tmp_path / "r.h5", ranks=2, cwd=tmp_path)
     assert done.status == 0, done.err
-    assert run_here("run", experiment, "-o", tmp_path / "whole.h5").status == 0
+    assert run_here("run", experiment, "-o", tmp_path / "whole.h5", cwd=tmp_path).status == 0
     assert_same_results(tmp_path / "r.h5", tmp_path / "whole.h5")
     assert not (tmp_path / "r.h5.checkpoint").exists()
 
@@ -319,6 +317,7 @@ def test_a_run_whose_terminal_is_closed_saves_itself(tmp_path):
     terminal, line = os.openpty()
     process = subprocess.Popen(
         command("run", experiment, "-o", tmp_path / "r.h5", "--progress", "log"),
+        cwd=tmp_path,
         stdin=line,
         stdout=line,
         stderr=line,
@@ -327,12 +326,7 @@ def test_a_run_whose_terminal_is_closed_saves_itself(tmp_path):
     )
     os.close(line)
     try:
-        end = time.monotonic() + 90
-        while not (tmp_path / "r.h5.partial").exists():
-            assert process.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        time.sleep(0.7)
+        wait_for_rounds(process, tmp_path, log=None)
         os.close(terminal)
         assert process.wait(timeout=40) == EXIT_STOPPED
     finally:
@@ -344,7 +338,9 @@ def test_a_run_whose_terminal_is_closed_saves_itself(tmp_path):
 def test_a_run_that_nobody_reads_any_more_goes_on(tmp_path):
     experiment = written(tmp_path / "e.yaml", rounds=20)
     line = command("run", experiment, "-o", tmp_path / "r.h5", "--progress", "log")
-    with subprocess.Popen(line, stderr=subprocess.PIPE, start_new_session=True) as process:
+    with subprocess.Popen(
+        line, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
         assert process.stderr.readline()
         process.stderr.close()
         assert process.wait(timeout=90) == 0
@@ -361,6 +357,7 @@ def test_a_second_sigint_stops_a_round_that_does_not_end(tmp_path):
         "    def forward(self, images):\n"
         "        Stuck.calls += self.training\n"
         "        while Stuck.calls > 8:\n"
+        "            open('stuck', 'w').close()\n"
         "            time.sleep(0.05)\n"
         "        return super().forward(images)\n"
     )
@@ -374,10 +371,11 @@ def test_a_second_sigint_stops_a_round_that_does_not_end(tmp_path):
             env=environment(),
             stderr=log,
         )
-    end = time.monotonic() + 60
-    while not (tmp_path / "r.h5.partial").exists() and time.monotonic() < end:
+    end = time.monotonic() + 90
+    while not (tmp_path / "stuck").exists():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < end
         time.sleep(0.05)
-    time.sleep(1)
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None  # it would finish its round

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from launching import (
     is_open_mpi,
     kill_tree,
     launcher,
+    marking,
+    wait_for_rounds,
     write_experiment,
 )
 
@@ -265,19 +266,14 @@ def test_the_launcher_of_this_machine_is_known():
 @pytest.mark.mpi
 def test_a_run_that_is_told_to_stop_saves_itself_and_its_line_goes_on_to_the_end(tmp_path):
     training = {"rounds": 500, "clients": 2, "batch_size": 4, "algorithm": "fedsgd"}
-    write_experiment(tmp_path / "e.yaml", federation=training, attacks=["llg"])
+    write_experiment(tmp_path / "e.yaml", federation=training, attacks=[marking(tmp_path)])
     line = local("-n", 2, "e.yaml", "-o", "r.h5")
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             line, cwd=tmp_path, env=plain(), stdout=log, stderr=log, start_new_session=True
         )
     try:
-        end = time.monotonic() + 60
-        while not (tmp_path / "r.h5.partial").exists():
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        time.sleep(0.3)
+        wait_for_rounds(process, tmp_path)
         # This process: the run has taken its place.
         process.send_signal(signal.SIGTERM)
         status = process.wait(timeout=40)
