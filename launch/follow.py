@@ -32,6 +32,8 @@ _FIXES = {
     "OUT_OF_MEMORY": "ask for more, as in --sbatch=--mem=32G",
     "TIMEOUT": "the run was not done with its round in time: a longer --warning",
 }
+# Slurm's reason for a job that it could not start.
+_NOT_LAUNCHED = "JobLaunchFailure"
 _MOST_SHOWN = 5
 
 
@@ -48,7 +50,7 @@ class Part:
     count
         How many elements.
     reason
-        Why it waits; empty for none.
+        Why it waits, or could not be started; empty for none.
     log
         The file with what it prints; empty where that is not known.
     """
@@ -165,8 +167,8 @@ def read_part(line: str) -> Part:
         name = f"{facts.get('ArrayJobId', name)}_{elements}"
     # Its folder may have spaces.
     log = re.search(r" StdOut=(.*?)(?= [A-Z]\w*=|\s*$)", line)
-    waits = state == "PENDING" and reason != "None"
-    return Part(name, state, _length(elements), reason if waits else "", log[1] if log else "")
+    told = reason == _NOT_LAUNCHED or (state == "PENDING" and reason != "None")
+    return Part(name, state, _length(elements), reason if told else "", log[1] if log else "")
 
 
 def _length(elements: str) -> int:
@@ -219,6 +221,8 @@ def _end(parts: Sequence[Part]) -> int:
         words = [f"job {part.name}: {part.state.lower()}"]
         if part.state in _FIXES:
             words.append(_FIXES[part.state])
+        if part.reason == _NOT_LAUNCHED:
+            words.append("Slurm could not start it: is the folder of its log (--output) there?")
         if part.log and Path(part.log).exists():
             words.append(f"see {part.log}")
         print("; ".join(words), file=sys.stderr)

@@ -18,6 +18,7 @@ def add_local(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     """Add the command line of this module."""
     parser = commands.add_parser(
         "local",
+        allow_abbrev=False,
         help="run an experiment on this machine, with as many ranks as it has cores",
         description="Run an experiment under this machine's mpirun, with each rank bound to cores "
         "of its own where there are enough. SIGTERM and Ctrl-C let it save itself; the same line "

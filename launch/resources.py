@@ -18,6 +18,14 @@ from testbed.errors import UserError
 _EARLY = 60
 
 
+# Options of sbatch that do not go together with the line, by their beginnings, and why.
+_REFUSED = {
+    r"--exp": "the job needs TESTBED_ROOT and more of this line: leave it out",
+    r"--wai(t$|t=|$)|-W": "use --follow, which shows how far the job is",
+    r"--wr": "the job is that of slurm/: leave it out",
+}
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a job asks for.
@@ -66,10 +74,11 @@ def _share_count(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        range_ = re.fullmatch(r"0-(\d+)", text)  # as sbatch's own option has it
+        range_ = re.fullmatch(r"0-(\d+)(%\d+)?", text)  # as sbatch's own option has it
         fit = int(range_[1]) + 1 if range_ else 16
+        some = f" --sbatch=--array={text}" if range_ and range_[2] else ""
         raise argparse.ArgumentTypeError(
-            f"found {text!r}, expected how many: --array {fit}"
+            f"found {text!r}, expected how many: --array {fit}{some}"
         ) from None
 
 
@@ -98,6 +107,16 @@ def check_numbers(options: argparse.Namespace) -> None:
             raise UserError(f"--sbatch={argument}: {error}") from None
         if not (words and words[0].startswith("-")):
             raise UserError(f"--sbatch={argument}: expected an option, as in --sbatch=--mem=32G")
+    words = sbatch_words(options)
+    for pattern, why in _REFUSED.items():
+        found = next((word for word in words if re.match(pattern, word)), None)
+        if found:
+            raise UserError(f"--sbatch={found}: {why}")
+    array = next((word for word in words if re.match(r"--a(r|$)|-a", word)), None)
+    if array and not options.array:
+        raise UserError(
+            f"--sbatch={array}: of how many shares are the elements? Say so by --array N, too"
+        )
 
 
 def sbatch_words(options: argparse.Namespace) -> list[str]:

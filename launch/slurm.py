@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ def add_slurm(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     """Add the command line of this module."""
     parser = commands.add_parser(
         "slurm",
+        # sbatch's --gpus and --ntasks are other things than these options that begin like them.
+        allow_abbrev=False,
         help="submit an experiment to Slurm, as one job or as an array of shares of its sweep",
         description="Submit slurm/run.sbatch, or slurm/sweep.sbatch with --array. The job saves "
         "itself before its time is up and queues again until it is done; the same line goes on.",
@@ -83,10 +86,14 @@ def _slurm(options: argparse.Namespace) -> int:
             "there is no sbatch here: submit from a login node of a Slurm cluster, or use "
             "`python -m launch local`"
         )
+    for name in list(os.environ):
+        # Of the job that this is called in: sbatch would hand them down to the new one.
+        if name.startswith(("SLURM_RESTART", "SLURM_ARRAY")):
+            del os.environ[name]
     job = submit(command)
     log = log_name(options, asked, job, os.environ)
     where = f"; log: {log}" if log else ""
-    print(f"job {job}; results: {results}{where}", flush=True)
+    print(f"job {job}; results: {shlex.quote(str(results))}{where}", flush=True)
     if not options.follow:
         return 0
     from launch.follow import follow

@@ -155,6 +155,12 @@ is_running() {
   [ "$state" = RUNNING ]
 }
 
+# Whether Slurm takes the job's nodes away. It tells the steps alone: where mpirun has started the
+# ranks, that ends its daemons on the other nodes, and so the run, whatever mpirun says of it.
+is_preempted() {
+  [[ $(scontrol show job "$job" 2>/dev/null) == *' PreemptTime='[0-9]* ]]
+}
+
 requeue() {
   local before=${SLURM_RESTART_COUNT:-0}
   if [ "$before" -ge "$TESTBED_MAX_REQUEUES" ]; then
@@ -200,6 +206,15 @@ run_in_tasks() {
     status=1
     [ -z "$asked" ] || status=$EXIT_STOPPED
   fi
+  case $status in
+    0 | 2 | "$EXIT_STOPPED") ;;
+    *)
+      if [ -z "$asked" ] && is_preempted; then
+        say "the job is preempted"
+        status=$EXIT_STOPPED
+      fi
+      ;;
+  esac
   # Slurm's own end of this script is to be heard.
   trap - TERM
   if may_go_on "$status" && is_running; then

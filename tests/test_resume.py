@@ -1,6 +1,7 @@
 """A run that is stopped and goes on leaves what one leaves that nothing disturbed, bit by bit."""
 
 import contextlib
+import os
 import shutil
 from dataclasses import replace
 
@@ -107,23 +108,53 @@ def test_a_run_that_is_stopped_again_and_again_equals_one_that_was_not(name, tmp
 def test_without_its_checkpoint_a_run_goes_through_its_rounds_again(name, tmp_path, capfd):
     experiment = written(tmp_path, name)
     assert run(LocalTransport(), options(experiment, tmp_path / "whole.h5")) == 0
-    for damage in ("gone", "cut", "changed"):
+    for damage, why in (
+        ("gone", "missing"),
+        ("cut", "truncated or damaged (checkpoint): the checksum"),
+        ("changed", "truncated or damaged (checkpoint): the checksum"),
+        ("pipe", "cannot be read: it is no regular file"),
+    ):
         output = tmp_path / f"{damage}.h5"
         assert run(LocalTransport(), options(experiment, output), StopAt(4)) == EXIT_STOPPED
         checkpoint = tmp_path / f"{damage}.h5.checkpoint"
         content = bytearray(checkpoint.read_bytes())
         content[len(content) // 2] ^= 1
-        if damage == "gone":
+        if damage in ("gone", "pipe"):
             checkpoint.unlink()
+            if damage == "pipe":
+                os.mkfifo(checkpoint)
         else:
             checkpoint.write_bytes(content if damage == "changed" else content[:-100])
         capfd.readouterr()
         assert run(LocalTransport(), options(None, output, resume=True)) == 0
         said = capfd.readouterr().err
-        why = "missing" if damage == "gone" else "truncated or damaged (checkpoint): the checksum"
         assert f"{checkpoint}: {why}" in said
         assert said.count("; going through scenario 0 from its first round") == 1
         assert_same_results(tmp_path / "whole.h5", output)
+
+
+def test_a_folder_in_the_way_of_a_checkpoint_is_named_with_the_fix(tmp_path, capfd):
+    experiment, output = written(tmp_path, "sgd"), tmp_path / "r.h5"
+    for name in ("r.h5.checkpoint", "r.h5.checkpoint.new"):
+        (tmp_path / name).mkdir()
+        assert run(LocalTransport(), options(experiment, output, resume=True), StopAt(4)) == 2
+        told = (
+            f"{tmp_path / name}: cannot be written: Is a directory: remove the folder of that name"
+        )
+        assert told in capfd.readouterr().err
+        (tmp_path / name).rmdir()
+    assert run(LocalTransport(), options(None, output, resume=True)) == 0
+
+
+def test_what_links_of_the_runs_own_names_lead_to_is_left_alone(tmp_path):
+    experiment, output = written(tmp_path, "sgd"), tmp_path / "r.h5"
+    for ending in ("creating", "checkpoint.new"):
+        (tmp_path / ending).write_text("mine")
+        (tmp_path / f"r.h5.{ending}").symlink_to(tmp_path / ending)
+    assert run(LocalTransport(), options(experiment, output), StopAt(4)) == EXIT_STOPPED
+    assert run(LocalTransport(), options(None, output, resume=True)) == 0
+    for ending in ("creating", "checkpoint.new"):
+        assert (tmp_path / ending).read_text() == "mine"
 
 
 def behind(tmp_path):

@@ -67,6 +67,8 @@ def write_container(path: Path, container: Container) -> None:
     text = json.dumps(described).encode()
     new = path.with_name(path.name + ".new")
     try:
+        if new.is_symlink():
+            new.unlink()  # what it leads to is somebody else's
         with new.open("wb") as file:
             digest = hashlib.sha256()
             file.write(_MAGIC + bytes(_DIGEST))
@@ -81,7 +83,9 @@ def write_container(path: Path, container: Container) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        folder = next((name for name in (new, path) if name.is_dir()), None)
+        fix = "" if folder is None else ": remove the folder of that name, and `resume`"
+        raise UserError(f"{folder or path}: cannot be written: {error.strerror}{fix}") from None
 
 
 def read_container(path: Path, kind: str) -> Container:
@@ -95,6 +99,8 @@ def read_container(path: Path, kind: str) -> Container:
         It cannot be read, is damaged, or is something else.
     """
     try:
+        if path.exists() and not path.is_file():  # pipes are waited for, and devices never end
+            raise UserError(f"{path}: cannot be read: it is no regular file")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None

@@ -63,6 +63,9 @@ def check_folder(path: Path) -> None:
     partial = partial_path(path)
     if partial.is_dir():
         raise UserError(f"{partial}: this is a folder: choose another name for the results")
+    for name in (path, partial):
+        if name.exists() and not name.is_file():
+            raise UserError(f"{name}: this is a device, a pipe or a socket: choose another name")
 
 
 def open_to_write(partial: Path) -> IO[bytes]:
@@ -101,12 +104,16 @@ def hold(descriptor: int) -> bool:
 def claim(path: Path) -> IO[bytes]:
     """Open a file that this process is to write, locked; created where there is none.
 
+    A link of that name is removed: what it leads to is somebody else's.
+
     Raises
     ------
     UserError
         Another process has it.
     """
     while True:
+        if path.is_symlink():
+            path.unlink(missing_ok=True)
         lock = path.open("ab")
         if not hold(lock.fileno()):
             lock.close()

@@ -234,7 +234,7 @@ def test_an_mpirun_that_hangs_is_given_up(tmp_path):
     )
     started = time.monotonic()
     names = only(tmp_path, PYTHONPATH=str(tmp_path), MPIRUN=mpirun)
-    findings = examine_mpi(Programs(names, seconds=4))
+    findings = examine_mpi(Programs(names, seconds=8))
     assert time.monotonic() - started < 40
     assert named(findings, "two ranks").found.startswith("no answer within")
     assert "mpirun -n 2 hostname" in named(findings, "two ranks").fix

@@ -1,5 +1,6 @@
 """How far a job is: what is made of Slurm's words, and of results files that grow."""
 
+import itertools
 import re
 import time
 
@@ -149,8 +150,9 @@ def test_accounts_that_cannot_be_read_for_a_moment_are_read_later(path, monkeypa
           *) echo '16|COMPLETED' ;;
         esac""",
     )
-    finish = Command.finish
-    monkeypatch.setattr(Command, "finish", lambda self: finish(self, 0.5))
+    # The third call is the one that hangs.
+    finish, calls = Command.finish, itertools.count()
+    monkeypatch.setattr(Command, "finish", lambda self: finish(self, 1 if next(calls) == 2 else 60))
     assert follow("16", [], pause=0) == 0
     assert [line.partition(";")[0] for line in lines(capsys)] == [
         "Slurm does not answer",
@@ -265,6 +267,16 @@ def test_a_job_that_has_not_completed_is_a_failure_with_its_log(path, state, fix
         f"job 12: {state.lower()}; {fix}see {log}",
         "the same line goes on with what is there",
     ]
+
+
+def test_a_job_that_could_not_be_started_says_what_to_look_at(path, capsys):
+    say_in_turn(path, job("RUNNING"), job("FAILED", reason="JobLaunchFailure"))
+    assert follow("12", [], pause=0) == 1
+    said = capsys.readouterr().err
+    assert (
+        "job 12: failed; Slurm could not start it: is the folder of its log (--output) there?"
+        in said
+    )
 
 
 @pytest.mark.parametrize(

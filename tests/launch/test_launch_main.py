@@ -63,6 +63,10 @@ def test_the_doctor_takes_no_packages_and_says_which_are_missing(tmp_path):
         (["slurm", "e.yaml", "--sbatch"], "--sbatch: expected one argument"),
         (["slurm", "e.yaml", "--array", "0-7"], "'0-7', expected how many: --array 8"),
         (["slurm", "e.yaml", "--array", "1,3"], "'1,3', expected how many: --array 16"),
+        (["slurm", "e.yaml", "--array", "0-7%2"], "--array 8 --sbatch=--array=0-7%2\n"),
+        # To sbatch they are not what these options begin with.
+        (["slurm", "e.yaml", "--gpus", "4"], "unrecognized arguments: --gpus"),
+        (["slurm", "e.yaml", "--ntasks", "4"], "unrecognized arguments: --ntasks"),
     ],
 )
 def test_wrong_arguments_are_told_with_the_usage(arguments, message, capsys):

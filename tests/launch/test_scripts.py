@@ -219,6 +219,16 @@ def test_a_warning_at_any_moment_queues_the_job_again(batch, tmp_path, name, tex
     assert (tmp_path / "said").read_text() == "show job 7\nrequeue 7\n"
 
 
+@pytest.mark.parametrize("end", ["exit 0", "exit 1", "exit 137", f"trap : TERM; {END}; exit 143"])
+def test_a_run_that_is_ended_as_the_job_is_preempted_queues_again(batch, tmp_path, end):
+    """Slurm tells the steps alone; where mpirun is the launcher, one is a daemon of its own."""
+    batch.program("srun", f"{LISTED}; {end}")
+    batch.program("scontrol", ALIVE.replace("Reason=None", "PreemptTime=2026-11-26T20:00:00"))
+    done = batch("run.sbatch", "e.yaml")
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert (tmp_path / "said").read_text().endswith("requeue 7\n")
+
+
 @pytest.mark.parametrize(
     ("state", "status", "text"),
     [
@@ -226,6 +236,8 @@ def test_a_warning_at_any_moment_queues_the_job_again(batch, tmp_path, name, tex
         ("RUNNING", 1, "exit 1"),
         ("RUNNING", 2, f"trap : USR1; {WARN}; exit 2"),
         ("RUNNING", 137, "exit 137"),
+        ("RUNNING PreemptTime=2026-11-26T20:00:00", 2, "exit 2"),
+        ("RUNNING PreemptEligibleTime=2026-11-26T20:00:00 PreemptTime=None", 1, "exit 1"),
         # It was asked to, and was complete by then.
         ("RUNNING", 0, f"trap : USR1; {WARN}; touch e.h5"),
     ],

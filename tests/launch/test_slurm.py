@@ -68,6 +68,29 @@ def folder(path, monkeypatch):
 # Numbers
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--export=NONE", "--export=NONE: the job needs TESTBED_ROOT and more of this line"),
+        ("--export NONE", "--export: the job needs TESTBED_ROOT and more of this line"),
+        ("--mem=1G --wait", "--wait: use --follow"),
+        ("-W", "-W: use --follow"),
+        ("--wrap=hostname", "--wrap=hostname: the job is that of slurm/"),
+        ("--array=0-3", "--array=0-3: of how many shares are the elements?"),
+        ("-a 0-3", "-a: of how many shares are the elements?"),
+    ],
+)
+def test_options_of_sbatch_that_would_do_harm_are_refused(words, message):
+    with pytest.raises(UserError, match=f"^--sbatch={re.escape(message)}"):
+        check_numbers(told(f"--sbatch={words}"))
+
+
+def test_options_of_sbatch_that_begin_like_others_are_not_taken_for_them():
+    for words in ("--wait-all-nodes=1", "--acctg-freq=30", "--account=a", "--exclusive", "-A a"):
+        check_numbers(told(f"--sbatch={words}"))
+    check_numbers(told("--array", "4", "--sbatch=--array=0-3%2"))
+
+
 def test_the_time_of_every_notation_of_sbatch():
     for text, seconds in {
         "90": 5400,
@@ -404,12 +427,23 @@ def test_a_line_is_printed_and_submitted(folder, capsys):
     arguments = ["--array", "2", "--time", "8:00:00", "seed=3", "-o", "r.h5"]
     assert main(["slurm", "e.yaml", *arguments]) == 0
     printed, said = capsys.readouterr().out.splitlines()
-    assert said == "job 12; results: r_*of2.h5; log: r-12_*.out"
+    assert said == "job 12; results: 'r_*of2.h5'; log: r-12_*.out"
     settings, _, words = printed.partition(" sbatch ")
     assert settings == f"TESTBED_ROOT={ROOT} TESTBED_SHARES=2"
     assert (folder / "told").read_text() == f"2 {ROOT} {' '.join(shlex.split(words))}\n"
     assert "--ntasks-per-node=4 --cpus-per-task=1 --time=8:00:00" in words
     assert words.endswith("/slurm/sweep.sbatch e.yaml seed=3 -o r.h5")
+
+
+def test_what_the_job_of_the_caller_is_told_is_not_handed_down(folder, monkeypatch):
+    noted = folder / "told"
+    script(
+        folder, "sbatch", f'echo "$SLURM_RESTART_COUNT$SLURM_ARRAY_TASK_ID." >"{noted}"; echo 12'
+    )
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "20")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert main(["slurm", "e.yaml", "-o", "r.h5"]) == 0
+    assert noted.read_text() == ".\n"
 
 
 def test_a_dry_run_submits_nothing_and_takes_no_slurm(folder, capsys):

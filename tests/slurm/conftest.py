@@ -89,7 +89,11 @@ class Cluster:
 
     def jobs(self, number: str) -> list[Job]:
         """Return a job, or all elements of an array."""
-        said = self.call("scontrol", "--oneliner", "show", "job", number)
+        for attempt in range(5):  # a controller that is busy may not answer
+            time.sleep(attempt)
+            said = self.call("scontrol", "--oneliner", "show", "job", number)
+            if said.returncode == 0:
+                break
         assert said.returncode == 0, said.stderr
         lines = said.stdout.splitlines()
         return [Job(dict(part.partition("=")[::2] for part in line.split())) for line in lines]

@@ -145,7 +145,7 @@ def test_jobs_whose_time_is_nearly_up_save_themselves_and_are_queued_again(clust
     for share, name in enumerate(names):
         words = ("run", "e.yaml", "--share", f"{share}/2", "-o", f"undisturbed_{name}.h5")
         assert run_here(*words, cwd=cluster.folder).status == 0
-    jobs = [*cluster.finish(number), *cluster.finish(array)]
+    jobs = [*cluster.finish(number, seconds=340), *cluster.finish(array)]
     for job in jobs:
         assert job.state == "COMPLETED", job.log
         assert job.restarts >= 1
@@ -179,20 +179,31 @@ def test_a_job_that_may_not_queue_again_says_how_it_goes_on(cluster, training):
     assert "training.h5: the run is complete" in again.log
 
 
-def test_a_preempted_job_saves_itself_and_goes_on_later(cluster, training):
+def test_preempted_jobs_are_queued_again_and_go_on(cluster, training):
+    """By srun the run saves itself; Slurm ends the daemons of mpirun, which end the run."""
     script = cluster.script("run.sbatch")
-    number = cluster.submit(*PLACES, script, training, **SLOWLY)
-    begun(cluster, number)
+    numbers = {
+        launcher: cluster.submit(
+            *(*PLACES, script, training, "-o", f"{launcher}.h5"),
+            TESTBED_LAUNCHER=launcher,
+            SECONDS_PER_STEP="0.05",
+        )
+        for launcher in ("srun", "mpirun")
+    }
+    for launcher, number in numbers.items():
+        begun(cluster, number, f"{launcher}.h5")
     urgent = cluster.submit(
         "--partition", "urgent", "--nodes", "2", "--exclusive", "--wrap", "sleep 1"
     )
     (other,) = cluster.finish(urgent)
     assert other.state == "COMPLETED"
-    (job,) = cluster.finish(number)
-    assert job.state == "COMPLETED", job.log
-    assert job.restarts == 1
-    assert "stopped" in job.log
-    assert_same_results(cluster.folder / "undisturbed.h5", cluster.folder / "training.h5")
+    for launcher, number in numbers.items():
+        (job,) = cluster.finish(number)
+        assert job.state == "COMPLETED", job.log
+        assert job.restarts == 1, job.log
+        assert {"srun": "stopped by", "mpirun": "the job is preempted"}[launcher] in job.log
+        results = cluster.folder / f"{launcher}.h5"
+        assert_same_results(cluster.folder / "undisturbed.h5", results)
 
 
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
