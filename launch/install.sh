@@ -35,9 +35,10 @@ make_environment() {
   }
 }
 
-# fill FOLDER EXTRA[,EXTRA...]
+# fill FOLDER EXTRA[,EXTRA...]: with the arguments for pip that are in $pip_arguments.
 fill() {
-  "$1/bin/python" -m pip install --quiet --disable-pip-version-check \
+  # shellcheck disable=SC2086 # several words
+  "$1/bin/python" -m pip install --quiet --disable-pip-version-check ${pip_arguments:-} \
     --constraint constraints.txt --editable ".[$2]"
 }
 

@@ -45,7 +45,7 @@ ATTACKS = {
 }
 # Of the warm-up and of what counts.
 ROUNDS = {"cnn": (20, 200), "mlp": (2, 8)}
-QUICK_ROUNDS = {"cnn": (10, 60), "mlp": (1, 3)}
+QUICK_ROUNDS = {"cnn": (3, 12), "mlp": (1, 3)}
 COLUMNS = (*(phase for phase in PHASES if phase != "evaluate"), "client_seconds")
 
 
