@@ -20,7 +20,7 @@ _EARLY = 60
 
 # Options of sbatch that do not go together with the line, by their beginnings, and why.
 _REFUSED = {
-    r"--exp": "the job needs TESTBED_ROOT and more of this line: leave it out",
+    r"--exp(?!ort=(?i:all)(,|$))": "the job needs TESTBED_ROOT and more of this line: leave it out",
     r"--wai(t$|t=|$)|-W": "use --follow, which shows how far the job is",
     r"--wr": "the job is that of slurm/: leave it out",
 }

@@ -156,9 +156,16 @@ is_running() {
 }
 
 # Whether Slurm takes the job's nodes away. It tells the steps alone: where mpirun has started the
-# ranks, that ends its daemons on the other nodes, and so the run, whatever mpirun says of it.
+# ranks, that ends its daemons on the other nodes, and so the run, whatever mpirun says of it. Of a job
+# that was suspended the time may be an older one.
 is_preempted() {
-  [[ $(scontrol show job "$job" 2>/dev/null) == *' PreemptTime='[0-9]* ]]
+  local said=''
+  for pause in 0 2 10; do
+    sleep $pause
+    said=$(scontrol show job "$job" 2>/dev/null)
+    [ -z "$said" ] || break
+  done
+  [[ $said == *' PreemptTime='[0-9]* && $said != *' SuspendTime='[0-9]* ]]
 }
 
 requeue() {

@@ -3,6 +3,7 @@
 import array
 import fcntl
 import os
+import select
 import stat
 import sys
 import termios
@@ -42,14 +43,15 @@ def await_reader(patience: float = _PATIENCE) -> None:
     patience
         Seconds to wait at most.
     """
-    unread = array.array("i", [0])
+    unread, gone = array.array("i", [0]), select.poll()
     end = time.monotonic() + patience
     try:
         if not stat.S_ISFIFO(os.fstat(_DESCRIPTOR).st_mode):
             return
+        gone.register(_DESCRIPTOR, 0)  # tells of errors alone
         while time.monotonic() < end:
             fcntl.ioctl(_DESCRIPTOR, termios.FIONREAD, unread)
-            if unread[0] == 0:
+            if unread[0] == 0 or gone.poll(0):
                 return
             time.sleep(_PAUSE)
     except OSError:  # closed

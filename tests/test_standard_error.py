@@ -25,12 +25,23 @@ def unread(descriptor):
     return count[0]
 
 
-def waits(process):
-    """Return whether a program that has just written something still waits for its reader."""
-    seen = time.monotonic()
+def wait_for_words(process, pipe):
+    """Wait until a program has written something, and return a time before that."""
+    last = time.monotonic()
+    while True:
+        before = time.monotonic()
+        if unread(pipe):
+            return last
+        last = before
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def waits(process, since):
+    """Return whether a program that has written something since then still waits for its reader."""
     time.sleep(MOMENT)
     ended = process.poll() is not None
-    return not ended or time.monotonic() - seen > PATIENCE  # a busy machine: nothing is known
+    return not ended or time.monotonic() - since > PATIENCE  # a busy machine: nothing is known
 
 
 @contextlib.contextmanager
@@ -69,6 +80,18 @@ def test_a_reader_that_never_comes_is_not_waited_for_longer():
         assert unread(pipe) == 13
 
 
+def test_a_reader_that_has_gone_is_not_waited_for():
+    with standard_error() as pipe:
+        os.write(2, b"the last word")
+        nobody, other = os.pipe()
+        os.dup2(nobody, pipe)  # closes the end to read from
+        started = time.monotonic()
+        await_reader(patience=20)
+        assert time.monotonic() - started < 10
+        os.close(nobody)
+        os.close(other)
+
+
 @pytest.mark.parametrize("place", ["a file", "nothing"])
 def test_where_nobody_reads_nothing_is_waited_for(place, tmp_path):
     program = "import os, time, testbed.standard_error as e; t = time.monotonic()\n"
@@ -83,10 +106,8 @@ def test_where_nobody_reads_nothing_is_waited_for(place, tmp_path):
 def test_a_usage_error_is_read_before_the_program_ends():
     line = [sys.executable, "-m", "testbed", "run"]
     with subprocess.Popen(line, stderr=subprocess.PIPE, env=environment()) as process:
-        while not unread(process.stderr):
-            assert process.poll() is None
-            time.sleep(0.01)
-        assert waits(process)
+        since = wait_for_words(process, process.stderr)
+        assert waits(process, since)
         assert b"the following arguments are required" in process.stderr.read()
         assert process.wait() == 2
 
@@ -115,10 +136,8 @@ def test_mpirun_does_not_end_a_job_before_the_message_has_been_read(end, tmp_pat
         stderr=subprocess.PIPE,
         env={**environment(), "PYTHONPATH": str(Path.cwd())},
     ) as process:
-        while not unread(reading):
-            assert process.poll() is None
-            time.sleep(0.01)
-        assert waits(process)
+        since = wait_for_words(process, reading)
+        assert waits(process, since)
         assert b"the last word" in os.read(reading, 10_000)
         process.communicate(timeout=60)
         assert process.returncode == 3

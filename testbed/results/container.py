@@ -67,8 +67,8 @@ def write_container(path: Path, container: Container) -> None:
     text = json.dumps(described).encode()
     new = path.with_name(path.name + ".new")
     try:
-        if new.is_symlink():
-            new.unlink()  # what it leads to is somebody else's
+        if new.is_symlink() or new.is_fifo():
+            new.unlink()  # what a link leads to is somebody else's, and pipes are waited for
         with new.open("wb") as file:
             digest = hashlib.sha256()
             file.write(_MAGIC + bytes(_DIGEST))
@@ -83,7 +83,8 @@ def write_container(path: Path, container: Container) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
-        folder = next((name for name in (new, path) if name.is_dir()), None)
+        # Not Path.is_dir, which raises where the folder cannot be searched.
+        folder = next((name for name in (new, path) if os.path.isdir(name)), None)  # noqa: PTH112
         fix = "" if folder is None else ": remove the folder of that name, and `resume`"
         raise UserError(f"{folder or path}: cannot be written: {error.strerror}{fix}") from None
 

@@ -104,7 +104,8 @@ def hold(descriptor: int) -> bool:
 def claim(path: Path) -> IO[bytes]:
     """Open a file that this process is to write, locked; created where there is none.
 
-    A link of that name is removed: what it leads to is somebody else's.
+    A link or a pipe of that name is removed: what a link leads to is somebody else's, and a pipe
+    would be waited for.
 
     Raises
     ------
@@ -112,7 +113,7 @@ def claim(path: Path) -> IO[bytes]:
         Another process has it.
     """
     while True:
-        if path.is_symlink():
+        if path.is_symlink() or path.is_fifo():
             path.unlink(missing_ok=True)
         lock = path.open("ab")
         if not hold(lock.fileno()):

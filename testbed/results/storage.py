@@ -321,7 +321,7 @@ def _claim(path: Path) -> IO[bytes]:
 
 def _discard(path: Path) -> None:
     """Remove what a dead writer may have left, but nothing that another one is writing."""
-    if path.exists():
+    if path.is_symlink() or path.exists():
         with claim(path):
             path.unlink()
 

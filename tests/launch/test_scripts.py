@@ -237,6 +237,7 @@ def test_a_run_that_is_ended_as_the_job_is_preempted_queues_again(batch, tmp_pat
         ("RUNNING", 2, f"trap : USR1; {WARN}; exit 2"),
         ("RUNNING", 137, "exit 137"),
         ("RUNNING PreemptTime=2026-11-26T20:00:00", 2, "exit 2"),
+        ("RUNNING PreemptTime=2026-11-26T20:00:00 SuspendTime=2026-11-26T20:00:00", 1, "exit 1"),
         ("RUNNING PreemptEligibleTime=2026-11-26T20:00:00 PreemptTime=None", 1, "exit 1"),
         # It was asked to, and was complete by then.
         ("RUNNING", 0, f"trap : USR1; {WARN}; touch e.h5"),

@@ -72,6 +72,7 @@ def folder(path, monkeypatch):
     ("words", "message"),
     [
         ("--export=NONE", "--export=NONE: the job needs TESTBED_ROOT and more of this line"),
+        ("--export=ALLX", "--export=ALLX: the job needs TESTBED_ROOT and more of this line"),
         ("--export NONE", "--export: the job needs TESTBED_ROOT and more of this line"),
         ("--mem=1G --wait", "--wait: use --follow"),
         ("-W", "-W: use --follow"),
@@ -86,7 +87,15 @@ def test_options_of_sbatch_that_would_do_harm_are_refused(words, message):
 
 
 def test_options_of_sbatch_that_begin_like_others_are_not_taken_for_them():
-    for words in ("--wait-all-nodes=1", "--acctg-freq=30", "--account=a", "--exclusive", "-A a"):
+    for words in (
+        "--export=ALL",
+        "--export=ALL,MINE=1",
+        "--wait-all-nodes=1",
+        "--acctg-freq=30",
+        "--account=a",
+        "--exclusive",
+        "-A a",
+    ):
         check_numbers(told(f"--sbatch={words}"))
     check_numbers(told("--array", "4", "--sbatch=--array=0-3%2"))
 
