@@ -146,6 +146,14 @@ def test_a_folder_in_the_way_of_a_checkpoint_is_named_with_the_fix(tmp_path, cap
     assert run(LocalTransport(), options(None, output, resume=True)) == 0
 
 
+def test_pipes_of_the_runs_own_names_are_not_waited_for(tmp_path):
+    experiment, output = written(tmp_path, "sgd"), tmp_path / "r.h5"
+    for ending in ("creating", "checkpoint.new"):
+        os.mkfifo(tmp_path / f"r.h5.{ending}")
+    assert run(LocalTransport(), options(experiment, output), StopAt(4)) == EXIT_STOPPED
+    assert run(LocalTransport(), options(None, output, resume=True)) == 0
+
+
 def test_what_links_of_the_runs_own_names_lead_to_is_left_alone(tmp_path):
     experiment, output = written(tmp_path, "sgd"), tmp_path / "r.h5"
     for ending in ("creating", "checkpoint.new"):
