@@ -24,6 +24,7 @@ from pathlib import Path
 
 from launching import (
     MPIRUN,
+    PATIENCE,
     assert_same_results,
     descendants,
     environment,
@@ -79,7 +80,6 @@ STOPPED = 75
 # What Open MPI's mpirun says, now and then, in place of starting anything: the folder of one that
 # was killed, and had the same process number, may be in the way.
 _NOT_STARTED = "listener thread failed to start"
-_LONGEST = 90
 _MOST_MISSED = 8
 
 
@@ -154,7 +154,7 @@ def strike(process: subprocess.Popen, fault: str, rng: random.Random) -> str:
     if fault == "job":
         kill_tree(process.pid)
         # One that still writes would hold the file against what goes on with it.
-        end = time.monotonic() + _LONGEST
+        end = time.monotonic() + PATIENCE
         while any(Path(f"/proc/{rank}/exe").exists() for rank in ranks.values()):
             assert time.monotonic() < end
             time.sleep(0.01)
@@ -214,7 +214,7 @@ def disturb(
         try:
             if fault:
                 before = partial.stat().st_ino if partial.exists() else None
-                end = time.monotonic() + _LONGEST
+                end = time.monotonic() + PATIENCE
                 while process.poll() is None and time.monotonic() < end:
                     if partial.exists() and partial.stat().st_ino != before and begun(partial):
                         break
@@ -224,7 +224,7 @@ def disturb(
                 struck = strike(process, fault, rng) if process.poll() is None else ""
                 if struck:
                     done.faults.append(struck)
-            status = process.wait(timeout=_LONGEST)
+            status = process.wait(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             for rank in ranks_of(process.pid).values():
                 os.kill(rank, signal.SIGABRT)

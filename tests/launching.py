@@ -23,6 +23,9 @@ from testbed.__main__ import main
 MPIRUN = str(Path(sys.executable).with_name("mpirun"))
 if not Path(MPIRUN).exists():
     MPIRUN = "mpirun"
+# Seconds after which something that has not come is taken for something that never comes: only what
+# hangs is waited for that long, so that it fits the slowest machine.
+PATIENCE = 300
 # Whether the test that runs is marked as one that does: conftest.py says so.
 may_start_ranks = True
 # That a run takes over.
@@ -93,18 +96,25 @@ def marking(folder):
     return {"name": "marking_attack:Marking"}
 
 
-def wait_for_rounds(process, folder, log="log", seconds=90):
+def wait_until(condition, *, process=None, log=None, pause=0.02):
+    """Wait until a condition holds, while a process runs that may write a log."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        said = log.read_text() if log else ""
+        assert process is None or process.poll() is None, f"it ended by itself: {said}"
+        assert time.monotonic() < end, f"it never came: {said}"
+        time.sleep(pause)
+
+
+def wait_for_rounds(process, folder, log="log"):
     """Wait until a run has done with its first round: the results file is there before it."""
-    end = time.monotonic() + seconds
-    while not (folder / "begun").exists():
-        assert process.poll() is None, (folder / log).read_text() if log else ""
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    begun = folder / "begun"
+    wait_until(begun.exists, process=process, log=folder / log if log else None)
 
 
-def run_testbed(*arguments, ranks=None, cwd=None, timeout=120):
+def run_testbed(*arguments, ranks=None, cwd=None):
     """Run the testbed to its end. A hang is a failure of the test: it is killed, and raises."""
-    return finish(command(*arguments, ranks=ranks), cwd=cwd, timeout=timeout)
+    return finish(command(*arguments, ranks=ranks), cwd=cwd)
 
 
 def run_here(*arguments, cwd="."):
@@ -136,7 +146,7 @@ def run_here(*arguments, cwd="."):
     return Finished(status, out.getvalue(), err.getvalue(), time.monotonic() - started)
 
 
-def finish(line: Sequence[str], cwd=None, timeout=120, env=None):
+def finish(line: Sequence[str], cwd=None, env=None):
     """Run a program to its end."""
     started = time.monotonic()
     process = subprocess.Popen(
@@ -148,12 +158,12 @@ def finish(line: Sequence[str], cwd=None, timeout=120, env=None):
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         kill_tree(process.pid)
         out, err = process.communicate()
         raise AssertionError(
-            f"no end within {timeout} s: {' '.join(line)}\n{err.decode(errors='replace')}"
+            f"no end within {PATIENCE} s: {' '.join(line)}\n{err.decode(errors='replace')}"
         ) from None
     seconds = time.monotonic() - started
     return Finished(

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import PATIENCE
 
 SKIPPED = (
     "import pytest\ndef test_one():\n    pytest.skip('no such device')\ndef test_two(): pass\n"
@@ -42,7 +43,7 @@ def run_pytest(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     return done.returncode, done.stdout

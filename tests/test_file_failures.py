@@ -7,11 +7,11 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from launching import (
+    PATIENCE,
     assert_same_results,
     command,
     descendants,
@@ -20,6 +20,7 @@ from launching import (
     kill_tree,
     run_here,
     run_testbed,
+    wait_until,
     write_experiment,
 )
 
@@ -66,11 +67,7 @@ def start(tmp_path, output, mode, rounds):
 
 
 def wait_for_rounds(run, path):
-    end = time.monotonic() + 60
-    while not partial_path(path).exists() or committed(path) == 0:
-        assert run.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_until(lambda: partial_path(path).exists() and committed(path) > 0, process=run)
 
 
 def writer_of(run, path):
@@ -93,7 +90,7 @@ def test_a_disk_that_fills_up_ends_the_run_which_goes_on_when_there_is_room(tmp_
             # A limit on the size of files stands for a disk that is full.
             size = partial_path(path).stat().st_size
             resource.prlimit(writer_of(run, path), resource.RLIMIT_FSIZE, (size, size))
-            _, err = run.communicate(timeout=60)
+            _, err = run.communicate(timeout=PATIENCE)
         finally:
             if run.poll() is None:
                 kill_tree(run.pid)
@@ -129,7 +126,7 @@ def start_without_rights(*arguments):
         preexec_fn=drop_rights if os.geteuid() == 0 else None,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -205,7 +202,7 @@ def test_a_folder_that_is_taken_away_ends_the_run(tmp_path, mode):
         try:
             wait_for_rounds(run, folder / "r.h5")
             folder.rename(tmp_path / "moved")
-            _, err = run.communicate(timeout=60)
+            _, err = run.communicate(timeout=PATIENCE)
         finally:
             if run.poll() is None:
                 kill_tree(run.pid)

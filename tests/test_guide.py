@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for language, text in _BLOCK.findall(GUIDE.read_text()):
         if language == "sh":
             for line in text.strip().splitlines():
-                done = finish(["bash", "-c", line], cwd=where, timeout=280, env=env)
+                done = finish(["bash", "-c", line], cwd=where, env=env)
                 assert done.status == 0, f"{line}\n{done.out}\n{done.err}"
         else:
             name = re.match(r"# file: (\S+)\n", text)

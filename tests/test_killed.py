@@ -15,6 +15,7 @@ from launching import (
     finish,
     is_open_mpi,
     kill_tree,
+    wait_until,
     write_experiment,
 )
 
@@ -40,15 +41,6 @@ def start(tmp_path, name, ranks=2):
             stderr=log,
             start_new_session=True,
         )
-
-
-def wait_for(condition, seconds, process):
-    """Wait for a condition while a process runs."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the run ended by itself: see its log"
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.02)
 
 
 def committed(partial):
@@ -88,7 +80,7 @@ def test_every_committed_round_is_readable_after_a_kill(moment, tmp_path, capsys
     process = start(tmp_path, "r.h5")
     partial = tmp_path / "r.h5.partial"
     try:
-        wait_for(lambda: committed(partial) > 0, 60, process)
+        wait_until(lambda: committed(partial), process=process, log=tmp_path / "log")
         time.sleep(random.Random(moment).uniform(0, 2))
     finally:
         kill_tree(process.pid)
@@ -102,7 +94,8 @@ def test_every_committed_round_is_readable_after_a_kill(moment, tmp_path, capsys
 def test_a_growing_file_is_read_round_by_round(tmp_path):
     process = start(tmp_path, "r.h5")
     try:
-        wait_for(lambda: committed(tmp_path / "r.h5.partial") > 0, 60, process)
+        partial = tmp_path / "r.h5.partial"
+        wait_until(lambda: committed(partial), process=process, log=tmp_path / "log")
         seen = [check_rounds(tmp_path / "r.h5") for _ in range(15)]
         table = finish([sys.executable, "-m", "analysis", "table", str(tmp_path / "r.h5")])
         assert process.poll() is None

@@ -12,6 +12,7 @@ import pytest
 from chaos import ranks_of
 from launching import (
     MPIRUN,
+    PATIENCE,
     assert_same_results,
     command,
     environment,
@@ -21,6 +22,7 @@ from launching import (
     run_here,
     run_testbed,
     wait_for_rounds,
+    wait_until,
     write_experiment,
 )
 
@@ -71,7 +73,7 @@ def committed(path):
 def stopped(process, tmp_path):
     """Wait for the end of a run that was asked to stop; return how many rounds it left."""
     try:
-        status = process.wait(timeout=40)
+        status = process.wait(timeout=PATIENCE)
     finally:
         kill_tree(process.pid)
     said = (tmp_path / "log").read_text()
@@ -133,7 +135,7 @@ def test_the_launcher_tells_the_status_of_a_job_that_ends_as_a_signal_comes(tmp_
             process.send_signal(signal.SIGTERM)
             process.send_signal(signal.SIGHUP)
             time.sleep(0.002)
-        assert process.wait(timeout=30) == EXIT_STOPPED, process.communicate()
+        assert process.wait(timeout=PATIENCE) == EXIT_STOPPED, process.communicate()
         process.communicate()
 
 
@@ -142,7 +144,7 @@ def test_the_end_of_a_terminal_is_handed_on_though_nobody_reads_what_is_said(tmp
         process.stderr.close()
         process.send_signal(signal.SIGHUP)
         try:
-            assert process.wait(timeout=30) == EXIT_STOPPED
+            assert process.wait(timeout=PATIENCE) == EXIT_STOPPED
         finally:
             kill_tree(process.pid)
 
@@ -152,7 +154,7 @@ def test_under_nohup_the_launcher_outlives_its_terminal(tmp_path):
         process.send_signal(signal.SIGHUP)
         time.sleep(0.5)  # it looks for signals five times a second
         process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=30)[1]
+        said = process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == EXIT_STOPPED
         assert "SIGHUP" not in said
         assert "finishing the round (SIGTERM" in said
@@ -177,12 +179,9 @@ def test_a_second_sigint_ends_what_has_left_the_group_and_does_not_listen(tmp_pa
     assert "finishing the round (SIGINT" in process.stderr.readline()
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=PATIENCE) == 130
     assert "ended at once" in process.communicate()[1]
-    end = time.monotonic() + 30
-    while lives(child):
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_until(lambda: not lives(child))
 
 
 def test_more_sigints_than_two_do_not_save_what_hangs(tmp_path):
@@ -205,10 +204,7 @@ def test_more_sigints_than_two_do_not_save_what_hangs(tmp_path):
                 while process.poll() is None:  # as from a key that is held
                     os.killpg(process.pid, signal.SIGINT)
                     time.sleep(pause)
-                end = time.monotonic() + 30
-                while lives(child):
-                    assert time.monotonic() < end
-                    time.sleep(0.02)
+                wait_until(lambda child=child: not lives(child))
             finally:
                 kill_tree(process.pid)
                 if lives(child):
@@ -227,7 +223,7 @@ def test_a_second_sigint_is_heard_as_soon_as_the_first_was_answered(tmp_path):
             process.stderr.readline()
             process.send_signal(signal.SIGINT)
             try:
-                assert process.wait(timeout=30) == 130
+                assert process.wait(timeout=PATIENCE) == 130
             finally:
                 kill_tree(process.pid)
 
@@ -279,21 +275,15 @@ def test_a_second_sigint_to_the_launcher_ends_everything_at_once(tmp_path):
     process = started([str(LAUNCHER), "-n", "2", *words, "--progress", "none"], tmp_path)
     ranks = ranks_of(process.pid)
     assert sorted(ranks) == [0, 1]
-    end = time.monotonic() + 60
-    while not committed(tmp_path / "r.h5"):
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_until(lambda: committed(tmp_path / "r.h5"), process=process, log=tmp_path / "log")
     os.kill(ranks[0], signal.SIGSTOP)  # so that it cannot stop by itself
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None
-    began = time.monotonic()
     process.send_signal(signal.SIGINT)
     try:
-        assert process.wait(timeout=30) == 130
-        while any(map(lives, ranks.values())):
-            assert time.monotonic() - began < 30
-            time.sleep(0.02)
+        assert process.wait(timeout=PATIENCE) == 130
+        wait_until(lambda: not any(map(lives, ranks.values())))
     finally:
         kill_tree(process.pid)
         for rank in filter(lives, ranks.values()):
@@ -328,7 +318,7 @@ def test_a_run_whose_terminal_is_closed_saves_itself(tmp_path):
     try:
         wait_for_rounds(process, tmp_path, log=None)
         os.close(terminal)
-        assert process.wait(timeout=40) == EXIT_STOPPED
+        assert process.wait(timeout=PATIENCE) == EXIT_STOPPED
     finally:
         kill_tree(process.pid)
     assert committed(tmp_path / "r.h5") > 0
@@ -343,7 +333,7 @@ def test_a_run_that_nobody_reads_any_more_goes_on(tmp_path):
     ) as process:
         assert process.stderr.readline()
         process.stderr.close()
-        assert process.wait(timeout=90) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     assert committed(tmp_path / "r.h5") == 20
 
 
@@ -371,16 +361,12 @@ def test_a_second_sigint_stops_a_round_that_does_not_end(tmp_path):
             env=environment(),
             stderr=log,
         )
-    end = time.monotonic() + 90
-    while not (tmp_path / "stuck").exists():
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_until((tmp_path / "stuck").exists, process=process, log=tmp_path / "log")
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None  # it would finish its round
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
+    assert process.wait(timeout=PATIENCE) == 130
     said = (tmp_path / "log").read_text()
     assert "interrupted" in said
     assert "Traceback" not in said

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import command, environment, finish, under_mpirun, write_experiment
+from launching import PATIENCE, command, environment, finish, under_mpirun, write_experiment
 
 from testbed.standard_error import await_reader
 
 # Seconds: longer than it takes mpirun to end a job, and than the wait for a reader.
-MOMENT, PATIENCE = 0.8, 1.8
+MOMENT, WAIT = 0.8, 1.8
 
 
 def unread(descriptor):
@@ -41,7 +41,7 @@ def waits(process, since):
     """Return whether a program that has written something since then still waits for its reader."""
     time.sleep(MOMENT)
     ended = process.poll() is not None
-    return not ended or time.monotonic() - since > PATIENCE  # a busy machine: nothing is known
+    return not ended or time.monotonic() - since > WAIT  # a busy machine: nothing is known
 
 
 @contextlib.contextmanager
@@ -65,8 +65,8 @@ def test_a_reader_that_is_late_is_waited_for():
         reader = threading.Timer(0.2, os.read, (pipe, 100))
         started = time.monotonic()
         reader.start()
-        await_reader(patience=20)
-        assert 0.1 < time.monotonic() - started < 10
+        await_reader(patience=PATIENCE)
+        assert 0.1 < time.monotonic() - started < PATIENCE / 2
         assert unread(pipe) == 0
         reader.join()
 
@@ -76,7 +76,7 @@ def test_a_reader_that_never_comes_is_not_waited_for_longer():
         os.write(2, b"the last word")
         started = time.monotonic()
         await_reader(patience=0.2)
-        assert 0.2 <= time.monotonic() - started < 10
+        assert 0.2 <= time.monotonic() - started < PATIENCE / 2
         assert unread(pipe) == 13
 
 
@@ -86,8 +86,8 @@ def test_a_reader_that_has_gone_is_not_waited_for():
         nobody, other = os.pipe()
         os.dup2(nobody, pipe)  # closes the end to read from
         started = time.monotonic()
-        await_reader(patience=20)
-        assert time.monotonic() - started < 10
+        await_reader(patience=PATIENCE)
+        assert time.monotonic() - started < PATIENCE / 2
         os.close(nobody)
         os.close(other)
 
@@ -95,7 +95,7 @@ def test_a_reader_that_has_gone_is_not_waited_for():
 @pytest.mark.parametrize("place", ["a file", "nothing"])
 def test_where_nobody_reads_nothing_is_waited_for(place, tmp_path):
     program = "import os, time, testbed.standard_error as e; t = time.monotonic()\n"
-    program += "e.await_reader(60); os._exit(time.monotonic() - t > 30)"
+    program += f"e.await_reader({PATIENCE}); os._exit(time.monotonic() - t > {PATIENCE / 2})"
     line = [sys.executable, "-c", program]
     with (tmp_path / "err").open("wb") as file:
         if place == "nothing":
@@ -139,7 +139,7 @@ def test_mpirun_does_not_end_a_job_before_the_message_has_been_read(end, tmp_pat
         since = wait_for_words(process, reading)
         assert waits(process, since)
         assert b"the last word" in os.read(reading, 10_000)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
         assert process.returncode == 3
     os.close(reading)
 

@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name:
             (where / name[1]).write_text(text)
     for line in COMMANDS:
-        done = finish(["bash", "-c", line], cwd=where, timeout=280, env=env)
+        done = finish(["bash", "-c", line], cwd=where, env=env)
         assert done.status == 0, f"{line}\n{done.out}\n{done.err}"
     return where
 

@@ -5,14 +5,13 @@ import os
 import re
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import MPIRUN, environment, has_ulfm, is_open_mpi
+from launching import MPIRUN, PATIENCE, environment, has_ulfm, is_open_mpi, wait_until
 
 from launch.checks import Finding, Programs
 from launch.checks_folder import (
@@ -96,16 +95,13 @@ def has(file, content):
 
 def test_a_program_that_hangs_is_ended_with_what_it_has_started(tmp_path):
     # It ignores SIGTERM, and its child holds the output.
-    line = f"trap '' TERM; sleep 98 & echo $! >{tmp_path}/child; echo began; wait"
-    started = time.monotonic()
-    answer = Programs(only(tmp_path)).ask(program(tmp_path, "hangs", line), seconds=2)
-    assert time.monotonic() - started < 20
+    line = f"trap '' TERM; sleep 9998 & echo $! >{tmp_path}/child; echo began; wait"
+    answer = Programs(only(tmp_path)).ask(program(tmp_path, "hangs", line), seconds=4)
     assert (answer.status, answer.out) == (None, "began\n")
     assert answer.reason.startswith("no answer within")
     child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/cmdline")
-    while has(child, b"sleep"):  # killed with the program, and dead when its turn comes
-        assert time.monotonic() - started < 60
-        time.sleep(0.05)
+    # Killed with the program, and dead when its turn comes, long before it would end by itself.
+    wait_until(lambda: not has(child, b"sleep"))
 
 
 def test_no_program_is_waited_for_when_the_time_of_all_is_up(tmp_path):
@@ -225,17 +221,15 @@ def test_an_mpirun_of_another_library_is_recognised(tmp_path):
 
 
 def test_an_mpirun_that_hangs_is_given_up(tmp_path):
-    script = '[ "$1" != --version ] || { echo "mpirun (Open MPI) 5.0.1"; exit; }\nsleep 99'
+    script = '[ "$1" != --version ] || { echo "mpirun (Open MPI) 5.0.1"; exit; }\nsleep 9999'
     mpirun = program(tmp_path, "mpirun", script)
-    program(tmp_path, "ompi_info", "sleep 99")
+    program(tmp_path, "ompi_info", "sleep 9999")
     (tmp_path / "mpi4py.py").write_text(
         "class rc: pass\n"
         "class MPI:\n Comm = object\n Get_library_version = lambda: 'Open MPI v5.0.1'\n"
     )
-    started = time.monotonic()
     names = only(tmp_path, PYTHONPATH=str(tmp_path), MPIRUN=mpirun)
     findings = examine_mpi(Programs(names, seconds=8))
-    assert time.monotonic() - started < 40
     assert named(findings, "two ranks").found.startswith("no answer within")
     assert "mpirun -n 2 hostname" in named(findings, "two ranks").fix
     assert named(findings, "ULFM").found.startswith("not known")
@@ -376,8 +370,8 @@ def test_a_slurm_without_pmix_whose_controller_is_away(tmp_path):
 
 def test_a_controller_that_never_answers_is_given_up(tmp_path):
     program(tmp_path, "srun", '[ "$1" = --version ] && echo slurm 23.11.4 || echo pmix')
-    program(tmp_path, "sinfo", "sleep 99")
-    findings, _ = examine_slurm(Programs(only(tmp_path), seconds=2))
+    program(tmp_path, "sinfo", "sleep 9999")
+    findings, _ = examine_slurm(Programs(only(tmp_path), seconds=6))
     assert "slurmctld does not answer (no answer within" in named(findings, "partitions").found
     assert named(findings, "PMIx").state == "ok"
 
@@ -670,7 +664,7 @@ def test_a_report_without_any_program_in_path(tmp_path):
         env=only(tmp_path / "empty"),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert (done.returncode, done.stderr) == (0, "")
     titles = re.findall(r"^\w.*", done.stdout, re.MULTILINE)
@@ -696,7 +690,7 @@ def test_an_environment_without_packages_has_a_report(tmp_path):
         env=only(tmp_path, PYTHONPATH=str(REPOSITORY)),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert (done.returncode, done.stderr) == (1, "")
     findings = json.loads(done.stdout)

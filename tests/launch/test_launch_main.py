@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import environment, finish, write_experiment
+from launching import PATIENCE, environment, finish, write_experiment
 
 from launch.__main__ import main
 
@@ -21,7 +21,7 @@ BARE = [sys.executable, "-S", "-m", "launch"]
 def bare(*arguments, cwd=ROOT):
     """Run the program without any package but those of the repository."""
     env = {**environment(), "PYTHONPATH": str(ROOT)}
-    done = finish([*BARE, *map(str, arguments)], cwd=cwd, env=env, timeout=60)
+    done = finish([*BARE, *map(str, arguments)], cwd=cwd, env=env)
     assert "Traceback" not in done.err
     return done
 
@@ -138,7 +138,7 @@ def test_a_pipe_that_nobody_reads_is_no_traceback(experiment, tmp_path):
             stderr=subprocess.PIPE,
             env={**environment(), "PYTHONPATH": str(ROOT)},
             cwd=tmp_path,
-            timeout=60,
+            timeout=PATIENCE,
             check=False,
         )
     finally:

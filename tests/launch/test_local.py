@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import (
     MPIRUN,
+    PATIENCE,
     environment,
     finish,
     is_open_mpi,
@@ -197,7 +198,7 @@ def test_ranks_are_bound_only_where_the_launcher_sees_which_cores_are_its_own(tm
 def test_this_process_may_use_its_own_cpus():
     code = "from launch.cores import own_cpus; print(own_cpus())"
     last = own_cpus()[-1]
-    done = finish(["taskset", "-c", str(last), sys.executable, "-c", code], timeout=30)
+    done = finish(["taskset", "-c", str(last), sys.executable, "-c", code])
     assert done.out == f"[{last}]\n"
 
 
@@ -276,7 +277,7 @@ def test_a_run_that_is_told_to_stop_saves_itself_and_its_line_goes_on_to_the_end
         wait_for_rounds(process, tmp_path)
         # This process: the run has taken its place.
         process.send_signal(signal.SIGTERM)
-        status = process.wait(timeout=40)
+        status = process.wait(timeout=PATIENCE)
     finally:
         kill_tree(process.pid)
     assert status == EXIT_STOPPED, (tmp_path / "log").read_text()

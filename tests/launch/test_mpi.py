@@ -66,6 +66,6 @@ def test_within_a_job_ranks_start_on_this_machine(tmp_path):
     script(tmp_path, "srun", "exit 1")  # by which they would be started on the other
     path = f"{tmp_path}:{os.environ['PATH']}"
     env = {**environment(), **JOB, "PATH": path, **kept_here(family(launcher()), JOB)}
-    done = finish(under_mpirun([sys.executable, "-m", "platform", "terse"], 2), env=env, timeout=60)
+    done = finish(under_mpirun([sys.executable, "-m", "platform", "terse"], 2), env=env)
     assert done.status == 0, done.err
     assert done.out.splitlines() == 2 * [platform.platform(terse=True)]

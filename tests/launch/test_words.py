@@ -4,7 +4,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 from fakes import script
@@ -39,10 +38,9 @@ def test_a_finished_program_has_its_status_and_what_it_said():
 
 
 def test_a_program_that_does_not_come_to_its_end_is_killed():
-    begun = time.monotonic()
     with pytest.raises(NoAnswer, match=r"^sleep 60: no answer within 0\.2 s$"):
         Command(["sleep", "60"]).finish(0.2)
-    assert time.monotonic() - begun < 10
+    # That it raises at all says that it was not waited for: the program would end with status 0.
 
 
 def test_programs_that_cannot_be_started_are_errors_of_one_line(tmp_path):
@@ -62,7 +60,7 @@ def test_a_program_takes_the_place_of_this_process(tmp_path):
         "import os\nfrom launch.words import Command\nprint(os.getpid())\n"
         f"Command([{str(program)!r}, 'a b'], {{'NAME': 'value'}}).replace_this_process()\n"
     )
-    done = finish([sys.executable, "-c", code], timeout=30)
+    done = finish([sys.executable, "-c", code])
     before, after, ignored = done.out.splitlines()
     assert after == f"{before} value a b"
     assert not int(ignored.split()[1], 16) & 1 << 12

@@ -18,6 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from launching import PATIENCE
 from written import (
     HEADER,
     LENGTHS,
@@ -347,7 +348,7 @@ def test_a_file_that_a_run_is_writing_is_refused(tmp_path: Path) -> None:
         assert run.stdout is not None
         assert run.stdout.readline() == "ready\n"
         refuses(path, "a run is writing this file")
-        run.communicate("end\n", timeout=60)
+        run.communicate("end\n", timeout=PATIENCE)
     resume(path, attributes={"title": "A title"}).close()
 
 
@@ -385,7 +386,8 @@ except OSError:
 
 def another(path: Path) -> str:
     words = [sys.executable, "-c", ANOTHER, str(path)]
-    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=PATIENCE)
+    return done.stdout
 
 
 def test_the_lock_outlasts_everything_that_is_read_of_the_old_file(tmp_path: Path) -> None:
@@ -411,7 +413,7 @@ def test_a_file_that_another_process_is_creating_is_not_taken_from_it(
         with pytest.raises(UserError, match="a run is writing this file"):
             make(path)
         assert other.read_bytes() == b"of another process"
-        run.communicate("end\n", timeout=60)
+        run.communicate("end\n", timeout=PATIENCE)
     make(path).close()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.h5.partial"]
 

@@ -17,6 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from launching import PATIENCE
 from written import (
     HEADER,
     LENGTHS,
@@ -42,6 +43,8 @@ from testbed.results.storage import CopyingStorage, SwmrStorage
 from testbed.results.writer import partial_path
 
 MODES = ["swmr", "flush"]
+# Of this folder's modules, those of the tests, and the program.
+FOLDERS = [str(folder) for folder in Path(__file__).parents[:3]]
 ROUNDS = 60
 LONG = replace(HEADER, lengths={**LENGTHS, "round": ROUNDS})
 
@@ -118,7 +121,7 @@ def tells(round_: int) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", MODES)
 def test_readers_of_a_growing_file_never_see_half_a_round(tmp_path: Path, mode: str) -> None:
     path, here = tmp_path / "a.h5", Path(__file__).parent
-    line = [sys.executable, "-c", WATCHER, str(path), str(here), str(here.parents[1])]
+    line = [sys.executable, "-c", WATCHER, str(path), *FOLDERS]
     with (
         opened(path, mode=mode, commit_seconds=0.0, scenarios=[LONG]) as writer,
         subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as watcher,
@@ -130,7 +133,7 @@ def test_readers_of_a_growing_file_never_see_half_a_round(tmp_path: Path, mode: 
                 writer.append(0, round_, tells(round_))
                 writer.commit()
             writer.complete()
-            out, _ = watcher.communicate(timeout=120)
+            out, _ = watcher.communicate(timeout=PATIENCE)
             assert watcher.returncode == 0
             assert int(out) > 2
         finally:
@@ -223,7 +226,7 @@ for round_ in range(writer.committed(0), ROUNDS):
 def test_random_kills_lose_nothing(tmp_path: Path, mode: str) -> None:
     """As many as continuous integration has time for; measured over 100 of each, none did."""
     path, here = tmp_path / "a.h5", Path(__file__).parent
-    line = [sys.executable, "-c", GOES_ON, str(path), mode, str(here), str(here.parents[1])]
+    line = [sys.executable, "-c", GOES_ON, str(path), mode, *FOLDERS]
     moments = random.Random(3)
     before = 0
     for _ in range(4):
@@ -319,8 +322,8 @@ except UserError as error:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_disk_that_fills_up_within_a_commit(tmp_path: Path, mode: str) -> None:
     path, here = tmp_path / "a.h5", Path(__file__).parent
-    line = [sys.executable, "-c", FULL, str(path), mode, str(here), str(here.parents[1])]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    line = [sys.executable, "-c", FULL, str(path), mode, *FOLDERS]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, check=False)
     # HDF5 neither adds anything of its own, nor crashes at the end of the program.
     assert done.stderr == ""
     assert done.returncode == 2
@@ -610,7 +613,7 @@ def held(path: Path) -> Iterator[None]:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "ready\n"
         yield
-        holder.communicate("end\n", timeout=60)
+        holder.communicate("end\n", timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(

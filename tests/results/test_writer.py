@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import xarray
+from launching import PATIENCE
 from written import (
     DECLARED,
     FILLS,
@@ -585,7 +586,7 @@ def test_a_file_that_a_run_is_writing_is_left_alone(tmp_path: Path, overwrite: b
             check_output(path, overwrite=overwrite)
         with pytest.raises(UserError, match="a run is writing this file"):
             make(path, overwrite=overwrite)
-        run.communicate("go on\n", timeout=30)
+        run.communicate("go on\n", timeout=PATIENCE)
     assert run.returncode == 0
     assert committed(partial_path(path)) == [1, 0]
     if not overwrite:

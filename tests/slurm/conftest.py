@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launching import environment
+from launching import PATIENCE, environment, wait_until
 
 _CLUSTER = Path(__file__).with_name("cluster")
 _ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what is here: it takes longest, and waits for most of it."""
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in here:
-        item.add_marker(pytest.mark.timeout(400))
+        item.add_marker(pytest.mark.timeout(4 * PATIENCE))
     items[:] = [*here, *(item for item in items if item not in set(here))]
 
 
@@ -74,7 +74,7 @@ class Cluster:
             env={**self.environment, **settings},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
         )
 
     def submit(self, *words: object, **settings: str) -> str:
@@ -103,9 +103,9 @@ class Cluster:
         (job,) = self.jobs(number)
         return job
 
-    def wait(self, number: str, *states: str, seconds: float = 240) -> list[Job]:
+    def wait(self, number: str, *states: str) -> list[Job]:
         """Wait until a job, or all elements of an array, are in one of some states."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE
         while True:
             jobs = self.jobs(number)
             if all(job.state in states for job in jobs):
@@ -113,14 +113,14 @@ class Cluster:
             assert time.monotonic() < end, "\n".join(f"{job.facts}\n{job.log}" for job in jobs)
             time.sleep(0.2)
 
-    def finish(self, number: str, seconds: float = 240) -> list[Job]:
+    def finish(self, number: str) -> list[Job]:
         """Wait until a job is over."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-        return self.wait(number, *over, seconds=seconds)
+        return self.wait(number, *over)
 
-    def until(self, path: Path, number: str, seconds: float = 120) -> None:
+    def until(self, path: Path, number: str) -> None:
         """Wait until a file is there."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE
         while not path.exists():
             assert time.monotonic() < end, self.jobs(number)[0].log
             time.sleep(0.05)
@@ -134,7 +134,7 @@ class Cluster:
         """Bring it back, and wait until Slurm has it again."""
         subprocess.run([_CLUSTER, "mend", str(node)], check=True)
         self.lost.discard(node)
-        end = time.monotonic() + 90
+        end = time.monotonic() + PATIENCE
         while self.call("sinfo", "-h", "-p", "main", "-o", "%D %t").stdout.split() != ["2", "idle"]:
             assert time.monotonic() < end, self.call("sinfo", "-lN").stdout
             time.sleep(0.5)
@@ -171,8 +171,5 @@ def cluster(slurm: str, tmp_path: Path) -> Iterator[Cluster]:
         here.mend(node)
     here.call("scancel", "--full", "--user=root")
     here.call("scancel", "--signal=KILL", "--full", "--user=root")
-    end = time.monotonic() + 60
-    while here.call("squeue", "-h").stdout.strip():
-        assert time.monotonic() < end
-        time.sleep(0.2)
+    wait_until(lambda: not here.call("squeue", "-h").stdout.strip(), pause=0.2)
     shutil.rmtree(tmp_path, ignore_errors=True)

@@ -6,12 +6,11 @@ import re
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import h5py
 import pytest
-from launching import assert_same_results, run_here, write_experiment
+from launching import assert_same_results, run_here, wait_until, write_experiment
 
 from testbed.results.reader import open_results
 
@@ -62,10 +61,7 @@ def committed(path):
 def begun(cluster, number, name="training.h5"):
     """Wait until a run has committed rounds and its first checkpoint."""
     cluster.until(cluster.folder / f"{name}.checkpoint", number)
-    end = time.monotonic() + 60
-    while not committed(cluster.folder / name):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_until(lambda: committed(cluster.folder / name), pause=0.1)
 
 
 def test_a_run_over_two_nodes_is_that_of_one_process_by_srun_and_by_mpirun(cluster):
@@ -145,7 +141,7 @@ def test_jobs_whose_time_is_nearly_up_save_themselves_and_are_queued_again(clust
     for share, name in enumerate(names):
         words = ("run", "e.yaml", "--share", f"{share}/2", "-o", f"undisturbed_{name}.h5")
         assert run_here(*words, cwd=cluster.folder).status == 0
-    jobs = [*cluster.finish(number, seconds=340), *cluster.finish(array)]
+    jobs = [*cluster.finish(number), *cluster.finish(array)]
     for job in jobs:
         assert job.state == "COMPLETED", job.log
         assert job.restarts >= 1
@@ -211,11 +207,9 @@ def test_a_cancelled_job_is_not_queued_again_and_can_be_resumed(cluster, trainin
     script = cluster.script("run.sbatch")
     number = cluster.submit(*PLACES, script, training, TESTBED_LAUNCHER=launcher, **SLOWLY)
     begun(cluster, number)
-    started = time.monotonic()
     assert cluster.call("scancel", number).returncode == 0
     (job,) = cluster.finish(number)
     assert job.state == "CANCELLED"
-    assert time.monotonic() - started < 30
     assert "into the queue again" not in job.log
     before = committed(cluster.folder / "training.h5")
     assert 0 < before < 150
@@ -238,7 +232,7 @@ def test_a_node_that_is_cut_off_sends_the_job_back_into_the_queue(cluster, train
     number = cluster.submit(*PLACES, script, training, **SLOWLY)
     begun(cluster, number)
     cluster.cut(2)
-    cluster.wait(number, "PENDING", seconds=90)
+    cluster.wait(number, "PENDING")
     assert "NODE FAILURE" in cluster.job(number).log
     assert committed(cluster.folder / "training.h5") > 0
     cluster.mend(2)
@@ -255,10 +249,8 @@ def test_with_fault_tolerance_a_cut_off_node_is_named_and_ends_the_run(cluster, 
     options = ("--on-rank-loss", "continue", "--deadline", "5")
     number = cluster.submit("--no-kill", *PLACES, script, training, *options, **SLOWLY, **settings)
     begun(cluster, number)
-    started = time.monotonic()
     cluster.cut(2)
-    (job,) = cluster.finish(number, seconds=90)
-    assert time.monotonic() - started < 90
+    (job,) = cluster.finish(number)
     assert job.state in ("FAILED", "NODE_FAIL")
     named = r"rank 2 on n2, rank 3 on n2 gave no answer within 5 s, and n2 has no other rank"
     assert re.search(named, job.log), job.log
