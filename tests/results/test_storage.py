@@ -120,7 +120,7 @@ def tells(round_: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_readers_of_a_growing_file_never_see_half_a_round(tmp_path: Path, mode: str) -> None:
-    path, here = tmp_path / "a.h5", Path(__file__).parent
+    path = tmp_path / "a.h5"
     line = [sys.executable, "-c", WATCHER, str(path), *FOLDERS]
     with (
         opened(path, mode=mode, commit_seconds=0.0, scenarios=[LONG]) as writer,
@@ -225,7 +225,7 @@ for round_ in range(writer.committed(0), ROUNDS):
 @pytest.mark.parametrize("mode", MODES)
 def test_random_kills_lose_nothing(tmp_path: Path, mode: str) -> None:
     """As many as continuous integration has time for; measured over 100 of each, none did."""
-    path, here = tmp_path / "a.h5", Path(__file__).parent
+    path = tmp_path / "a.h5"
     line = [sys.executable, "-c", GOES_ON, str(path), mode, *FOLDERS]
     moments = random.Random(3)
     before = 0
@@ -321,7 +321,7 @@ except UserError as error:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_disk_that_fills_up_within_a_commit(tmp_path: Path, mode: str) -> None:
-    path, here = tmp_path / "a.h5", Path(__file__).parent
+    path = tmp_path / "a.h5"
     line = [sys.executable, "-c", FULL, str(path), mode, *FOLDERS]
     done = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, check=False)
     # HDF5 neither adds anything of its own, nor crashes at the end of the program.
