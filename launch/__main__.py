@@ -1,6 +1,7 @@
 """The command line: ``python -m launch local | slurm | doctor``."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "folder", nargs="?", type=Path, default=Path(), help="where results would go (default: .)"
     )
     doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.add_argument(
+        "--patience",
+        type=_patience,
+        default=1,
+        metavar="FACTOR",
+        help="wait longer than the usual 20 s, where file systems are slow: 1 to 30 (default: 1)",
+    )
     doctor.set_defaults(command=_doctor)
     # Overrides may stand before and after options, which argparse alone does not allow.
     options, rest = parser.parse_known_args(
@@ -90,10 +98,17 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     return words
 
 
+def _patience(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 1 <= float(text) <= 30:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"found {text!r}: expected a number from 1 to 30")
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from launch.doctor import doctor
 
-    return doctor(options.folder, json=options.json)
+    return doctor(options.folder, json=options.json, patience=options.patience)
 
 
 if __name__ == "__main__":

@@ -93,12 +93,21 @@ class Programs:
         Environment variables that the programs are found by, and get.
     seconds
         After which no program is waited for any longer.
+    patience
+        Factor for this time and for that of each program, where all is slow.
     """
 
-    def __init__(self, environment: Mapping[str, str] = os.environ, seconds: float = 18) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str] = os.environ,
+        *,
+        seconds: float = 18,
+        patience: float = 1,
+    ) -> None:
         self.environment = dict(environment)
         self._given = {k: v for k, v in environment.items() if not _OF_A_LAUNCHER.match(k)}
-        self._end = time.monotonic() + seconds
+        self._end = time.monotonic() + seconds * patience
+        self._patience = patience
         self._closed = threading.Event()
 
     def find(self, name: str) -> str | None:
@@ -113,12 +122,12 @@ class Programs:
         line
             Path and arguments.
         seconds
-            Time that it has.
+            Time that it has, times the patience.
         changes
             Environment variables of its own.
         """
         started = time.monotonic()
-        end = min(started + seconds, self._end)
+        end = min(started + seconds * self._patience, self._end)
         if started >= end:
             return Answer(None, "", "", 0.0)
         # Not pipes: what a killed program leaves behind may hold their other end.

@@ -72,7 +72,7 @@ def _hdf5(programs: Programs, folder: Path | None) -> list[Finding]:
         fix = "pip install '.[run]' in the repository"
         text = f"h5py cannot be imported ({reason})"
         if reason.startswith("no "):
-            fix = "put the environment and the folder on a faster file system, or try once more"
+            fix = "put the environment and the folder on a faster file system, or try --patience 5"
             return [Finding("files", "HDF5", "note", f"h5py: {reason}", fix)]
         return [Finding("files", "HDF5", "missing", text, fix)]
     versions = Finding("files", "HDF5", "ok", f"{found['hdf5']}, by h5py {found['h5py']}")

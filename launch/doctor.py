@@ -30,10 +30,11 @@ _TITLES = {
 _WIDEST = 110
 
 
-def doctor(folder: Path, *, json: bool = False) -> int:
+def doctor(folder: Path, *, json: bool = False, patience: float = 1) -> int:
     """Examine this machine, print a report, and return an exit status.
 
-    Other programs and libraries are tried in processes of their own, for some 20 seconds at most.
+    Other programs and libraries are tried in processes of their own, for some 20 seconds at most,
+    times the patience.
 
     Parameters
     ----------
@@ -41,13 +42,15 @@ def doctor(folder: Path, *, json: bool = False) -> int:
         Where results would be written.
     json
         Print a list of findings, for programs.
+    patience
+        How much longer than usual programs are waited for.
 
     Returns
     -------
     status
         0 where a run can be started on this machine, 1 where something that it needs is missing.
     """
-    findings = examine(folder)
+    findings = examine(folder, patience=patience)
     if json:
         print(json_format.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
@@ -55,7 +58,9 @@ def doctor(folder: Path, *, json: bool = False) -> int:
     return int(any(finding.state == "missing" for finding in findings))
 
 
-def examine(folder: Path, environment: Mapping[str, str] = os.environ) -> list[Finding]:
+def examine(
+    folder: Path, environment: Mapping[str, str] = os.environ, *, patience: float = 1
+) -> list[Finding]:
     """Return what is found on this machine, all sections at once.
 
     Parameters
@@ -64,8 +69,10 @@ def examine(folder: Path, environment: Mapping[str, str] = os.environ) -> list[F
         Where results would be written.
     environment
         Environment variables by which programs are found.
+    patience
+        See `doctor`.
     """
-    programs = Programs(environment)
+    programs = Programs(environment, patience=patience)
     with ThreadPoolExecutor() as pool:
         try:
             mpi = pool.submit(examine_mpi, programs)

@@ -104,6 +104,15 @@ def test_a_program_that_hangs_is_ended_with_what_it_has_started(tmp_path):
     wait_until(lambda: not has(child, b"sleep"))
 
 
+def test_patience_is_a_factor_for_each_program_and_for_all_of_them(tmp_path):
+    slow = program(tmp_path, "slow", "sleep 1; echo done")
+    assert (
+        Programs(only(tmp_path), seconds=0.2, patience=1000).ask(slow, seconds=0.2).out == "done\n"
+    )
+    assert Programs(only(tmp_path), seconds=200).ask(slow, seconds=0.2).status is None
+    assert Programs(only(tmp_path), seconds=0.2).ask(slow, seconds=200).status is None
+
+
 def test_no_program_is_waited_for_when_the_time_of_all_is_up(tmp_path):
     programs = Programs(only(tmp_path), seconds=0.3)
     slow = program(tmp_path, "slow", "sleep 30")
@@ -115,17 +124,17 @@ def test_programs_that_cannot_be_started_have_an_answer(tmp_path):
     path = tmp_path / "broken"
     path.write_bytes(b"\0no program")
     path.chmod(0o755)
-    answer = Programs(only(tmp_path)).ask(str(path), seconds=5)
+    answer = Programs(only(tmp_path), patience=10).ask(str(path), seconds=5)
     assert answer.status == 127
     assert "Exec format error" in answer.reason
-    answer = Programs(only(tmp_path)).ask(str(tmp_path / "absent"), seconds=5)
+    answer = Programs(only(tmp_path), patience=10).ask(str(tmp_path / "absent"), seconds=5)
     assert "No such file or directory" in answer.reason
 
 
 def test_programs_do_not_take_themselves_for_ranks_of_the_doctor(tmp_path):
     launched = {"PMIX_RANK": "1", "PMI_SIZE": "4", "OMPI_COMM_WORLD_SIZE": "4"}
     kept = {"PMIX_MCA_gds": "hash", "OMPI_MCA_btl": "self"}
-    programs = Programs(only(tmp_path, **launched, **kept))
+    programs = Programs(only(tmp_path, **launched, **kept), patience=10)
     shown = programs.ask("/usr/bin/env", seconds=5).out.splitlines()
     names = {line.partition("=")[0] for line in shown}
     assert not names & set(launched)
@@ -200,7 +209,7 @@ def test_another_environment_than_the_one_activated_is_noted():
 @pytest.mark.ranks
 @pytest.mark.parametrize("job", [{}, JOB], ids=["by itself", "within a job"])
 def test_two_ranks_of_this_machines_mpi_meet(job):
-    findings = examine_mpi(Programs({**environment(), "MPIRUN": MPIRUN, **job}))
+    findings = examine_mpi(Programs({**environment(), "MPIRUN": MPIRUN, **job}, patience=10))
     assert named(findings, "library").state == "ok"
     assert named(findings, "two ranks").state == "ok", named(findings, "two ranks")
     assert (named(findings, "ULFM").state == "ok") == has_ulfm()
@@ -213,7 +222,7 @@ def test_an_mpirun_of_another_library_is_recognised(tmp_path):
     # As it is in truth: each process is a world of its own.
     script = f'[ "$1" != --version ] || {{ echo "{says}"; exit; }}\nshift 2\n"$@" & "$@" & wait'
     mpirun = program(tmp_path, "mpirun", script)
-    findings = examine_mpi(Programs(only(tmp_path, MPIRUN=mpirun)))
+    findings = examine_mpi(Programs(only(tmp_path, MPIRUN=mpirun), patience=10))
     assert named(findings, "mpirun").state == "note"
     assert f"of {other}, but mpi4py loads {own}" in named(findings, "mpirun").found
     assert named(findings, "two ranks").found.startswith("two worlds of one rank")
@@ -240,7 +249,9 @@ def test_an_mpi_that_kills_its_process_is_a_note(tmp_path):
     script = '[ "$1" = --version ] && echo "mpirun (Open MPI) 4.1.4"'
     mpirun = program(tmp_path, "mpirun", script)
     program(tmp_path, "ompi_info", "echo options:ft_mpi_support:no")
-    findings = examine_mpi(Programs(only(tmp_path, PYTHONPATH=str(tmp_path), MPIRUN=mpirun)))
+    findings = examine_mpi(
+        Programs(only(tmp_path, PYTHONPATH=str(tmp_path), MPIRUN=mpirun), patience=10)
+    )
     assert named(findings, "library").state == "note"
     assert "exit status -6" in named(findings, "library").found
     assert "slurm/env.sh" in named(findings, "library").fix
@@ -254,7 +265,7 @@ def test_the_mpirun_is_that_of_the_launcher(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/python"))
 
     def found(folder, **more):
-        finding = named(examine_mpi(Programs(only(folder, **more))), "mpirun")
+        finding = named(examine_mpi(Programs(only(folder, **more), patience=10)), "mpirun")
         return finding.state, finding.found.removeprefix(f"{beside}, of Open MPI")
 
     assert found(tmp_path / "bin") == ("ok", "")
@@ -359,7 +370,7 @@ def test_a_slurm_without_pmix_whose_controller_is_away(tmp_path):
     program(tmp_path, "srun", script)
     unable = "Unable to contact slurm controller (connect failure)"
     program(tmp_path, "sinfo", f'echo "slurm_load_partitions: {unable}" >&2; exit 1')
-    findings, nodes = examine_slurm(Programs(only(tmp_path)))
+    findings, nodes = examine_slurm(Programs(only(tmp_path), patience=10))
     assert nodes == 0
     assert named(findings, "srun").found == f"{tmp_path}/srun, slurm 23.11.4"
     assert "no PMIx plugin (it has: pmi2)" in named(findings, "PMIx").found
@@ -385,7 +396,7 @@ def test_within_a_job_srun_starts_two_ranks(tmp_path):
     program(tmp_path, "srun", script)
     program(tmp_path, "sinfo", 'echo "main*|up|0/2/0/2|4|(null)|infinite"')
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2"}
-    findings, nodes = examine_slurm(Programs(only(tmp_path, **job)))
+    findings, nodes = examine_slurm(Programs(only(tmp_path, **job), patience=10))
     assert nodes == 2
     assert named(findings, "two ranks").state == "ok"
     assert "--mpi=pmix --overlap --ntasks=2" in (tmp_path / "asked").read_text()
@@ -393,15 +404,17 @@ def test_within_a_job_srun_starts_two_ranks(tmp_path):
     program(
         tmp_path, "srun", script.replace('"met": 2', '"met": 1').replace('hello": 1', 'hello": 0')
     )
-    findings, _ = examine_slurm(Programs(only(tmp_path, **job)))
+    findings, _ = examine_slurm(Programs(only(tmp_path, **job), patience=10))
     assert named(findings, "two ranks").found.startswith("two worlds of one rank")
     assert "TESTBED_LAUNCHER=mpirun" in named(findings, "two ranks").fix
-    findings, _ = examine_slurm(Programs(only(tmp_path, **{**job, "SLURM_NTASKS": "1"})))
+    findings, _ = examine_slurm(
+        Programs(only(tmp_path, **{**job, "SLURM_NTASKS": "1"}), patience=10)
+    )
     assert named(findings, "two ranks").state == "note"
 
 
 def test_a_machine_without_slurm_has_one_note(tmp_path):
-    ((finding,), nodes) = examine_slurm(Programs(only(tmp_path)))
+    ((finding,), nodes) = examine_slurm(Programs(only(tmp_path), patience=10))
     assert (finding.state, nodes) == ("note", 0)
     assert "python -m launch local" in finding.fix
 
@@ -413,7 +426,7 @@ def test_gpus_of_the_driver(tmp_path):
     table = "NVIDIA A100, 40960, 535.54.03, Default\nNVIDIA A100, 40960, 535.54.03, Default\n"
     program(tmp_path, "nvidia-smi", f"printf '{table}'")
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open')")
-    driver, torch = examine_gpus(Programs(only(tmp_path, PYTHONPATH=str(tmp_path))))
+    driver, torch = examine_gpus(Programs(only(tmp_path, PYTHONPATH=str(tmp_path)), patience=10))
     assert driver.found == "NVIDIA 535.54.03: 2 NVIDIA A100 with 40960 MiB"
     assert (torch.state, driver.state) == ("missing", "ok")
     assert "libcudart.so.12" in torch.found
@@ -428,7 +441,7 @@ def test_a_driver_that_is_not_loaded_is_a_note(tmp_path):
     failed = "NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver."
     program(tmp_path, "nvidia-smi", f"echo '{failed}'; exit 9")
     (tmp_path / "torch.py").write_text("raise ImportError")
-    driver, _ = examine_gpus(Programs(only(tmp_path, PYTHONPATH=str(tmp_path))))
+    driver, _ = examine_gpus(Programs(only(tmp_path, PYTHONPATH=str(tmp_path)), patience=10))
     assert driver.state == "note"
     assert failed in driver.found
 
@@ -547,7 +560,7 @@ def test_this_machine_has_what_the_system_says():
 
 
 def test_a_folder_for_results(tmp_path):
-    findings = examine_folder(Programs(), tmp_path)
+    findings = examine_folder(Programs(patience=10), tmp_path)
     assert named(findings, "folder").found.startswith(str(tmp_path.resolve()))
     assert named(findings, "locks").state == "ok"
     assert metadata.version("h5py") in named(findings, "HDF5").found
@@ -562,7 +575,7 @@ def test_a_folder_for_results(tmp_path):
 def test_folders_that_cannot_be_written_to_are_missing(tmp_path, name, reason):
     (tmp_path / "file").touch()
     (tmp_path / "h5py.py").write_text("raise ImportError('libhdf5.so.310: cannot open')")
-    programs = Programs(only(tmp_path, PYTHONPATH=str(tmp_path)))
+    programs = Programs(only(tmp_path, PYTHONPATH=str(tmp_path)), patience=10)
     findings = examine_folder(programs, tmp_path / name)
     assert named(findings, "folder").state == "missing"
     assert f"{tmp_path / name} cannot be written to: {reason}" in named(findings, "folder").found

@@ -59,6 +59,8 @@ def test_the_doctor_takes_no_packages_and_says_which_are_missing(tmp_path):
         (["local", "-n", "two", "e.yaml"], "invalid int value: 'two'"),
         (["local", "e.yaml", "--nodes", "2"], "unrecognized arguments: --nodes"),
         (["doctor", ".", "elsewhere"], "unrecognized arguments: elsewhere"),
+        (["doctor", "--patience", "long"], "found 'long': expected a number from 1 to 30"),
+        (["doctor", "--patience", "nan"], "found 'nan': expected a number from 1 to 30"),
         (["slurm", "e.yaml", "--with", "ssh"], "invalid choice: 'ssh'"),
         (["slurm", "e.yaml", "--sbatch"], "--sbatch: expected one argument"),
         (["slurm", "e.yaml", "--array", "0-7"], "'0-7', expected how many: --array 8"),

@@ -289,8 +289,7 @@ def test_what_slurm_refuses_is_told_with_the_fix(cluster, options, said):
 
 
 def test_the_doctor_finds_what_a_job_needs(cluster):
-
-    words = f"{sys.executable} -m launch doctor . --json"
+    words = f"{sys.executable} -m launch doctor . --json --patience 10"
     number = cluster.submit("--nodes", "2", "--ntasks-per-node", "1", "--wrap", words)
     (job,) = cluster.finish(number)
     assert job.state == "COMPLETED", job.log
