@@ -1,5 +1,6 @@
 """Starts the real program, alone or under a real mpirun, and looks at what it left."""
 
+import atexit
 import contextlib
 import functools
 import importlib
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,12 +64,24 @@ def has_ulfm():
     return "ft_mpi_support:yes" in said
 
 
+@functools.cache
+def scratch():
+    """Return a folder for what launchers keep for themselves, and leave behind when killed.
+
+    There an mpirun that has the process number of a killed one does not start.
+    """
+    folder = tempfile.mkdtemp(prefix="mpi-")  # a short name, for there will be sockets in it
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def environment():
     """Return an environment in which mpirun starts any number of ranks, as root too."""
     # Threads are the testbed's own affair: whatever a user has set, or has not.
     inherited = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
     return {
         **inherited,
+        "TMPDIR": scratch(),
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":OVERSUBSCRIBE",

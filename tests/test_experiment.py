@@ -484,7 +484,8 @@ def test_hostile_yaml_is_refused_at_once(text: str, tmp_path: Path) -> None:
     folder = tmp_path / "made"
     started = time.process_time()
     message = refusal(text.replace("{folder}", str(folder)))
-    assert time.process_time() - started < 5
+    # Measured: 0.9 s. What is not refused at once takes for ever.
+    assert time.process_time() - started < 60
     assert len(message) < 2000
     assert not folder.exists()
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import termios
@@ -49,13 +50,13 @@ def written(path, rounds, **results):
     )
 
 
-def started(line, tmp_path):
+def started(line, tmp_path, **settings):
     """Start a program, and wait until its rounds have begun."""
     with (tmp_path / "log").open("ab") as log:
         process = subprocess.Popen(
             line,
             cwd=tmp_path,
-            env={**environment(), "MPIRUN": MPIRUN},
+            env={**environment(), "MPIRUN": MPIRUN, **settings},
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -192,7 +193,7 @@ def test_more_sigints_than_two_do_not_save_what_hangs(tmp_path):
         "    open('CHILD', 'w').write(str(os.getpid()))\n"
         "    time.sleep(60)\n"
         "signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
-        "while not os.path.exists('CHILD'): time.sleep(0.01)\n"
+        "while not (os.path.exists('CHILD') and open('CHILD').read()): time.sleep(0.01)\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"
     ).replace("CHILD", str(tmp_path / "child"))
@@ -241,16 +242,19 @@ def test_a_signal_to_mpirun_stops_the_run_after_its_round(tmp_path, name):
 
 @pytest.mark.mpi
 def test_what_was_stopped_goes_on_and_is_the_same_in_the_end(tmp_path):
-    # Long enough not to be over before the signal comes.
-    experiment = written(tmp_path / "e.yaml", rounds=200, checkpoint_seconds=3600)
-    line = command("run", experiment, "-o", tmp_path / "r.h5", "--progress", "none", ranks=3)
-    process = started(line, tmp_path)
+    shutil.copy(Path(__file__).with_name("slow_model.py"), tmp_path)
+    experiment = written(tmp_path / "e.yaml", rounds=100, checkpoint_seconds=3600)
+    override = "model={name: 'slow_model:Slow', init: torch}"
+    line = ("run", experiment, override, "--progress", "none")
+    words = command(*line, "-o", tmp_path / "r.h5", ranks=3)
+    # So slow that it is not over before the signal comes.
+    process = started(words, tmp_path, SECONDS_PER_STEP="0.1")
     process.send_signal(signal.SIGUSR1)
     stopped(process, tmp_path)
     assert (tmp_path / "r.h5.checkpoint").exists()
     done = run_testbed("resume", tmp_path / "r.h5", ranks=2, cwd=tmp_path)
     assert done.status == 0, done.err
-    assert run_here("run", experiment, "-o", tmp_path / "whole.h5", cwd=tmp_path).status == 0
+    assert run_here(*line, "-o", tmp_path / "whole.h5", cwd=tmp_path).status == 0
     assert_same_results(tmp_path / "r.h5", tmp_path / "whole.h5")
     assert not (tmp_path / "r.h5.checkpoint").exists()
 
@@ -278,8 +282,9 @@ def test_a_second_sigint_to_the_launcher_ends_everything_at_once(tmp_path):
     wait_until(lambda: committed(tmp_path / "r.h5"), process=process, log=tmp_path / "log")
     os.kill(ranks[0], signal.SIGSTOP)  # so that it cannot stop by itself
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
+    # Two that come before it was looked for one are one.
+    log = tmp_path / "log"
+    wait_until(lambda: "finishing the round (SIGINT" in log.read_text(), process=process, log=log)
     process.send_signal(signal.SIGINT)
     try:
         assert process.wait(timeout=PATIENCE) == 130
@@ -362,11 +367,17 @@ def test_a_second_sigint_stops_a_round_that_does_not_end(tmp_path):
             stderr=log,
         )
     wait_until((tmp_path / "stuck").exists, process=process, log=tmp_path / "log")
-    process.send_signal(signal.SIGINT)
-    time.sleep(1)
-    assert process.poll() is None  # it would finish its round
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=PATIENCE) == 130
+    try:
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None  # it would finish its round
+        # And again: two that come before it was looked for one are one.
+        wait_until(
+            lambda: process.poll() is not None or process.send_signal(signal.SIGINT), pause=5
+        )
+        assert process.wait() == 130
+    finally:
+        kill_tree(process.pid)
     said = (tmp_path / "log").read_text()
     assert "interrupted" in said
     assert "Traceback" not in said

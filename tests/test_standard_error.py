@@ -29,11 +29,11 @@ def wait_for_words(process, pipe):
     """Wait until a program has written something, and return a time before that."""
     last = time.monotonic()
     while True:
-        before = time.monotonic()
+        before, ended = time.monotonic(), process.poll() is not None
         if unread(pipe):
             return last
         last = before
-        assert process.poll() is None
+        assert not ended
         time.sleep(0.01)
 
 

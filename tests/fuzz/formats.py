@@ -60,7 +60,10 @@ class Format:
     mutate
         Returns a damaged copy of a valid input.
     seconds
-        Processor time that reading one input may take.
+        Processor time that reading one input may take: a multiple of what it does take, the imports
+        of the first one among it, on the slowest machine.
+    patience
+        Wall time that it may take, per second of processor time: others want the processor too.
     share
         How many inputs in continuous integration, in multiples of those of other formats.
     lines
@@ -71,7 +74,8 @@ class Format:
     seeds: Callable[[], Sequence[Files]]
     read: Callable[[Path, Sequence[str]], None]
     mutate: Mutator = any_file
-    seconds: float = 5.0
+    seconds: float = 30.0
+    patience: float = 6.0
     share: float = 1.0
     lines: bool = False
 

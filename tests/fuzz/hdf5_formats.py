@@ -156,8 +156,8 @@ FORMATS = {
     for form in (
         Format("packed", packed, _packed, _edit),
         Format("packed-bytes", packed, _packed, _damage),
-        Format("results", results, _results, _edit, seconds=10, share=0.3),
-        Format("resume", unfinished, _resume, _edit_unfinished, seconds=10, share=0.5),
-        Format("results-bytes", results, _results, _damage, seconds=10, share=0.6),
+        Format("results", results, _results, _edit, seconds=60, share=0.3),
+        Format("resume", unfinished, _resume, _edit_unfinished, seconds=60, share=0.5),
+        Format("results-bytes", results, _results, _damage, seconds=60, share=0.6),
     )
 }

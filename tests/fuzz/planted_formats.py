@@ -73,4 +73,4 @@ def _seeds() -> list[Files]:
     return [{"data": name.encode()} for name in READERS]
 
 
-FORMATS = {"planted": Format("planted", _seeds, _read, seconds=0.5)}
+FORMATS = {"planted": Format("planted", _seeds, _read, seconds=0.5, patience=30)}

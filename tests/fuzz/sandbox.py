@@ -14,8 +14,6 @@ from typing import Any
 
 ADDRESS_SPACE = 4 << 30
 RESIDENT = 400 << 20
-# Of wall time per second of processor time: other processes want the processor too.
-_PATIENCE = 6
 _FORBIDDEN = (
     *("os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "pty.spawn"),
     *("subprocess.Popen", "socket.connect", "socket.bind", "urllib.Request", "webbrowser.open"),
@@ -58,12 +56,12 @@ class Sandbox:
         sys.addaudithook(self._audit)
 
     @contextlib.contextmanager
-    def reading(self, seconds: float) -> Iterator[None]:
+    def reading(self, seconds: float, patience: float) -> Iterator[None]:
         """End the process if the block takes too long; raise `Caught` for what it did else."""
         self._seen.clear()
         before = _peak_memory()
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.setitimer(signal.ITIMER_REAL, _PATIENCE * seconds)
+        signal.setitimer(signal.ITIMER_REAL, patience * seconds)
         self._active = True
         try:
             yield

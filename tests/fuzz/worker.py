@@ -44,7 +44,10 @@ def try_one(form: Format, given: Input, folder: Path, sandbox: Sandbox) -> tuple
     """Return ``accepted``, ``refused`` or what went wrong, and details."""
     write(given, folder)
     try:
-        with warnings.catch_warnings(record=True) as warned, sandbox.reading(form.seconds):
+        with (
+            warnings.catch_warnings(record=True) as warned,
+            sandbox.reading(form.seconds, form.patience),
+        ):
             warnings.simplefilter("always")
             form.read(folder, given.arguments)
     except UserError as error:

@@ -96,7 +96,7 @@ def has(file, content):
 def test_a_program_that_hangs_is_ended_with_what_it_has_started(tmp_path):
     # It ignores SIGTERM, and its child holds the output.
     line = f"trap '' TERM; sleep 9998 & echo $! >{tmp_path}/child; echo began; wait"
-    answer = Programs(only(tmp_path)).ask(program(tmp_path, "hangs", line), seconds=4)
+    answer = Programs(only(tmp_path)).ask(program(tmp_path, "hangs", line), seconds=10)
     assert (answer.status, answer.out) == (None, "began\n")
     assert answer.reason.startswith("no answer within")
     child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/cmdline")
@@ -238,7 +238,7 @@ def test_an_mpirun_that_hangs_is_given_up(tmp_path):
         "class MPI:\n Comm = object\n Get_library_version = lambda: 'Open MPI v5.0.1'\n"
     )
     names = only(tmp_path, PYTHONPATH=str(tmp_path), MPIRUN=mpirun)
-    findings = examine_mpi(Programs(names, seconds=8))
+    findings = examine_mpi(Programs(names, seconds=15))
     assert named(findings, "two ranks").found.startswith("no answer within")
     assert "mpirun -n 2 hostname" in named(findings, "two ranks").fix
     assert named(findings, "ULFM").found.startswith("not known")
@@ -382,7 +382,7 @@ def test_a_slurm_without_pmix_whose_controller_is_away(tmp_path):
 def test_a_controller_that_never_answers_is_given_up(tmp_path):
     program(tmp_path, "srun", '[ "$1" = --version ] && echo slurm 23.11.4 || echo pmix')
     program(tmp_path, "sinfo", "sleep 9999")
-    findings, _ = examine_slurm(Programs(only(tmp_path), seconds=6))
+    findings, _ = examine_slurm(Programs(only(tmp_path), seconds=12))
     assert "slurmctld does not answer (no answer within" in named(findings, "partitions").found
     assert named(findings, "PMIx").state == "ok"
 
@@ -672,7 +672,7 @@ def test_reports_show_control_characters_as_escapes():
 def test_a_report_without_any_program_in_path(tmp_path):
     (tmp_path / "empty").mkdir()
     done = subprocess.run(
-        [sys.executable, "-m", "launch", "doctor", str(tmp_path)],
+        [sys.executable, "-m", "launch", "doctor", str(tmp_path), "--patience", "10"],
         cwd=REPOSITORY,
         env=only(tmp_path / "empty"),
         capture_output=True,
@@ -697,7 +697,7 @@ def test_a_report_without_any_program_in_path(tmp_path):
 def test_an_environment_without_packages_has_a_report(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "new"], check=True)
     ask = "import sys; from pathlib import Path; from launch.doctor import doctor; "
-    ask += "sys.exit(doctor(Path(sys.argv[1]), json=True))"
+    ask += "sys.exit(doctor(Path(sys.argv[1]), json=True, patience=10))"
     done = subprocess.run(
         [tmp_path / "new/bin/python", "-c", ask, tmp_path],
         env=only(tmp_path, PYTHONPATH=str(REPOSITORY)),

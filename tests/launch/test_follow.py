@@ -6,6 +6,7 @@ import time
 
 import pytest
 from fakes import fake, script
+from launching import PATIENCE
 from written import HEADER, SMALL, make, rows_of
 
 from launch.follow import Part, describe, follow, look, progress, read_part
@@ -66,6 +67,18 @@ def say_in_turn(path, *answers):
         f'cd "{path}"; n=$(cat turn 2>/dev/null || echo 0); cat answer$n\n'
         f"[ $n = {last} ] || echo $((n + 1)) >turn",
     )
+
+
+def hang_at(path, monkeypatch, number):
+    """Number the programs that are started, and wait for no answer of one of them."""
+    finish, calls = Command.finish, itertools.count()
+
+    def asked(self):
+        turn = next(calls)
+        (path / "turn").write_text(str(turn))
+        return finish(self, 0.5 if turn == number else PATIENCE)
+
+    monkeypatch.setattr(Command, "finish", asked)
 
 
 def lines(capsys):
@@ -143,22 +156,19 @@ def test_accounts_that_cannot_be_read_for_a_moment_are_read_later(path, monkeypa
     script(
         path,
         "sacct",
-        f"""cd "{path}"; n=$(cat turn 2>/dev/null || echo 0); echo $((n + 1)) >turn
-        case $n in
-          0) echo '{refused}' >&2; exit 1 ;;
-          1) exec sleep 60 ;;
+        f"""case $(cat "{path}/turn") in
+          1) echo '{refused}' >&2; exit 1 ;;
+          3) exec sleep 9999 ;;
           *) echo '16|COMPLETED' ;;
         esac""",
     )
-    # The third call is the one that hangs.
-    finish, calls = Command.finish, itertools.count()
-    monkeypatch.setattr(Command, "finish", lambda self: finish(self, 1 if next(calls) == 2 else 60))
+    hang_at(path, monkeypatch, 3)  # each look asks scontrol, and then sacct
     assert follow("16", [], pause=0) == 0
     assert [line.partition(";")[0] for line in lines(capsys)] == [
         "Slurm does not answer",
         "completed",
     ]
-    assert (path / "turn").read_text() == "3\n"
+    assert (path / "turn").read_text() == "5"
 
 
 def test_without_scontrol_nothing_can_be_followed(path):
@@ -320,23 +330,21 @@ def test_a_controller_that_does_not_answer_for_a_while_ends_nothing(path, monkey
     script(
         path,
         "scontrol",
-        f"""cd "{path}"; n=$(cat turn 2>/dev/null || echo 0); echo $((n + 1)) >turn
-        case $n in
+        f"""case $(cat "{path}/turn") in
           0) echo '{job("RUNNING").strip()}' ;;
           1) printf '{SILENT.strip()}' >&2; exit 1 ;;
-          2) exec sleep 60 ;;
+          2) exec sleep 9999 ;;
           *) echo '{job("COMPLETED").strip()}' ;;
         esac""",
     )
-    finish = Command.finish
-    monkeypatch.setattr(Command, "finish", lambda self: finish(self, 0.5))
+    hang_at(path, monkeypatch, 2)
     assert follow("12", [], pause=0) == 0
     assert [line.partition(";")[0] for line in lines(capsys)] == [
         "running",
         "Slurm does not answer",
         "completed",
     ]
-    assert (path / "turn").read_text() == "4\n"
+    assert (path / "turn").read_text() == "3"
 
 
 def test_ctrl_c_ends_the_looking_and_not_the_job(path, capsys):

@@ -418,7 +418,7 @@ def test_a_reader_sees_the_committed_rounds_of_a_run(tmp_path: Path) -> None:
                 assert look() == [round_ + 1, *(loss[0] for loss in losses[: round_ + 1]), 1]
         assert look()[0] == 6
         reader.stdin.close()
-        assert reader.wait(60) == 0
+        assert reader.wait(PATIENCE) == 0
 
 
 def test_an_incomplete_file_keeps_every_round_that_was_appended(tmp_path: Path) -> None:

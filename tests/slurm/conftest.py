@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what is here: it takes longest, and waits for most of it."""
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     for item in here:
-        item.add_marker(pytest.mark.timeout(4 * PATIENCE))
+        item.add_marker(pytest.mark.timeout(8 * PATIENCE))
     items[:] = [*here, *(item for item in items if item not in set(here))]
 
 
@@ -105,7 +105,8 @@ class Cluster:
 
     def wait(self, number: str, *states: str) -> list[Job]:
         """Wait until a job, or all elements of an array, are in one of some states."""
-        end = time.monotonic() + PATIENCE
+        # Longer than for what hangs: rounds are slow on purpose, and jobs wait in the queue.
+        end = time.monotonic() + 3 * PATIENCE
         while True:
             jobs = self.jobs(number)
             if all(job.state in states for job in jobs):
