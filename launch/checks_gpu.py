@@ -27,10 +27,8 @@ def examine_gpus(programs: Programs) -> list[Finding]:
         return [driver, *torch_findings(len(gpus), torch, programs.environment)]
     if reason.startswith("no "):
         found = f"importing it takes long ({reason})"
-        fix = (
-            "the first import is the slowest: try once more, or with --patience 5; if it stays so, "
-        )
-        fix += "put the virtual environment on a faster file system"
+        fix = "try --patience 5, for the first import is the slowest; if it stays so, put the "
+        fix += "virtual environment on a faster file system"
         return [driver, Finding("gpu", "PyTorch", "note", found, fix)]
     fix = "pip install '.[run]' in the repository"
     found = f"it cannot be imported ({reason})"
