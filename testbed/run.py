@@ -29,6 +29,7 @@ from testbed.errors import UserError
 from testbed.experiment import load_experiment, parse_experiment
 from testbed.failure import Position, agree, guarded
 from testbed.headers import scenario_header
+from testbed.importing import import_torch
 from testbed.naming import check_new_name, check_replaceable
 from testbed.plan import ScenarioPlan, Task, make_plan
 from testbed.results.provenance import provenance
@@ -134,7 +135,7 @@ def _read(transport: Transport, options: RunOptions) -> _Job | None:
     if job is not None and job.begun.complete:
         return job
     try:
-        import torch  # noqa: F401 - takes seconds, on all ranks at once
+        import_torch()  # takes seconds, on all ranks at once
     except ImportError as error:
         raise UserError(
             f"PyTorch cannot be imported ({error}), and rounds need it: pip install '.[run]'"

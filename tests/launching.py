@@ -126,9 +126,9 @@ def wait_for_rounds(process, folder, log="log"):
     wait_until(begun.exists, process=process, log=folder / log if log else None)
 
 
-def run_testbed(*arguments, ranks=None, cwd=None):
+def run_testbed(*arguments, ranks=None, cwd=None, patience=PATIENCE):
     """Run the testbed to its end. A hang is a failure of the test: it is killed, and raises."""
-    return finish(command(*arguments, ranks=ranks), cwd=cwd)
+    return finish(command(*arguments, ranks=ranks), cwd=cwd, patience=patience)
 
 
 def run_here(*arguments, cwd="."):
@@ -160,7 +160,7 @@ def run_here(*arguments, cwd="."):
     return Finished(status, out.getvalue(), err.getvalue(), time.monotonic() - started)
 
 
-def finish(line: Sequence[str], cwd=None, env=None):
+def finish(line: Sequence[str], cwd=None, env=None, patience=PATIENCE):
     """Run a program to its end."""
     started = time.monotonic()
     process = subprocess.Popen(
@@ -172,12 +172,12 @@ def finish(line: Sequence[str], cwd=None, env=None):
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=PATIENCE)
+        out, err = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
         kill_tree(process.pid)
         out, err = process.communicate()
         raise AssertionError(
-            f"no end within {PATIENCE} s: {' '.join(line)}\n{err.decode(errors='replace')}"
+            f"no end within {patience} s: {' '.join(line)}\n{err.decode(errors='replace')}"
         ) from None
     seconds = time.monotonic() - started
     return Finished(

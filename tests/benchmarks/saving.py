@@ -55,7 +55,7 @@ def saving(folder: Path, data: Path, model: dict, rounds: int) -> None:
         )
         output = folder / "saving.h5"
         line = ("run", experiment, "-o", output, "--overwrite")
-        done = run_testbed(*line, ranks=3, timeout=600, cwd=Path(__file__).parent)
+        done = run_testbed(*line, ranks=3, patience=3600, cwd=Path(__file__).parent)
         assert done.status == 0, done.err
         with h5py.File(output) as file:
             spent = {phase: file[f"scenarios/0000/timings/{phase}"][2:].sum() for phase in PHASES}
