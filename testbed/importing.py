@@ -15,7 +15,7 @@ def import_torch() -> None:
     ImportError
         PyTorch is not there, or not whole.
     """
-    if "torch" in sys.modules:
+    if sys.modules.get("torch") is not None:  # None is what makes an import fail on purpose
         return
     enabled = gc.isenabled()
     gc.disable()

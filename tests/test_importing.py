@@ -34,11 +34,18 @@ def test_what_came_after_it_is_not():
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_collector_is_as_before_when_pytorch_is_not_there(enabled):
+@pytest.mark.parametrize(
+    "absent",
+    [
+        "sys.path[:] = [path for path in sys.path if 'site-packages' not in path]",
+        "sys.modules['torch'] = None",
+    ],
+)
+def test_the_collector_is_as_before_when_pytorch_is_not_there(absent, enabled):
     code = (
         "import gc, sys\n"
         "from testbed.importing import import_torch\n"
-        "sys.path[:] = [path for path in sys.path if 'site-packages' not in path]\n"
+        f"{absent}\n"
         f"gc.{'enable' if enabled else 'disable'}()\n"
         "try: import_torch()\n"
         "except ImportError: print(gc.isenabled())\n"
