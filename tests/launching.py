@@ -113,10 +113,14 @@ def marking(folder):
 def wait_until(condition, *, process=None, log=None, pause=0.02):
     """Wait until a condition holds, while a process runs that may write a log."""
     end = time.monotonic() + PATIENCE
-    while not condition():
+    while True:
+        # Before the condition, which the process may fulfil as its last act.
+        ended, late = process is not None and process.poll() is not None, time.monotonic() > end
+        if condition():
+            return
         said = log.read_text() if log else ""
-        assert process is None or process.poll() is None, f"it ended by itself: {said}"
-        assert time.monotonic() < end, f"it never came: {said}"
+        assert not ended, f"it ended by itself: {said}"
+        assert not late, f"it never came: {said}"
         time.sleep(pause)
 
 
