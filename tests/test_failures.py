@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import h5py
@@ -16,6 +17,9 @@ from launching import (
     run_testbed,
     write_experiment,
 )
+
+# Seconds from the fault to the end of all ranks. Measured: under 5, the start of the run among them.
+LIMIT = 100
 
 
 @pytest.fixture
@@ -36,6 +40,11 @@ def failing(tmp_path):
         )
 
     return write
+
+
+def seconds_since_the_fault(folder):
+    """Return the time since the moment that the model noted on disk: start-up does not count."""
+    return time.time() - (folder / "fault").stat().st_mtime
 
 
 def committed(path):
@@ -60,6 +69,7 @@ def test_a_rank_that_fails_ends_all_ranks_and_says_where_it_was(failing, tmp_pat
     assert done.status not in (0, 124)
     assert f"error: rank 2 of 3 on {_host()}, scenario 0, round 3, client 1: {message}" in done.err
     assert "Traceback" in done.err
+    assert seconds_since_the_fault(tmp_path) < LIMIT
     assert not (tmp_path / "r.h5").exists()
     assert 1 <= committed(tmp_path / "r.h5.partial") <= 3
 
@@ -67,6 +77,7 @@ def test_a_rank_that_fails_ends_all_ranks_and_says_where_it_was(failing, tmp_pat
 @pytest.mark.mpi
 def test_a_rank_that_vanishes_ends_all_ranks(failing, tmp_path):
     done = run_testbed("run", failing("os._exit"), "-o", "r.h5", ranks=3, cwd=tmp_path)
+    assert seconds_since_the_fault(tmp_path) < LIMIT
     assert not (tmp_path / "r.h5").exists()
     if is_open_mpi():  # of a rank that has left with status 0, MPICH's mpirun says nothing
         assert done.status != 0
