@@ -18,7 +18,7 @@ from launching import (
     write_experiment,
 )
 
-# Seconds from the fault to the end of all ranks. Measured: under 5, the start of the run among them.
+# Seconds from the fault to the end of all ranks. Measured: under 5, with the start of the run.
 LIMIT = 100
 
 
